@@ -1,0 +1,1 @@
+"""Calibration data, stored activations and the two streams."""

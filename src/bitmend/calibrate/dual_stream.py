@@ -1,0 +1,223 @@
+"""The calibration rows as they travel through both networks, one block at a time.
+
+`x_fp` is the input of the current block in the full-precision network, `x_q` the same rows in the quantised network. Only
+one block's activations exist at a time, in memory or on disk. What a block's inner layers read is never stored for the
+quantised stream: the block is run again for each group of sites, up to that group, and the moments are summed batch by
+batch. For the full-precision stream it is stored, because the full-precision weights are gone once a group is solved.
+
+Both streams run the same kernels on the same batch shapes, so that without any rounding they stay equal bit for bit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmend.calibrate.activation_store import ActivationStore
+from bitmend.errors import NumericsError
+from bitmend.linalg.moments import Moments, MomentSums
+from bitmend.protocols import BlockInputs, ModelAdapter, Need, TokenBatch
+from bitmend.sites import Block, SiteGroup
+
+
+class _InputSeen(Exception):  # noqa: N818 - not an error: it stops a forward pass once the wanted input is there
+    """Carries a layer's input out of a forward pass."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+@dataclass(frozen=True)
+class StreamedBatch:
+    """One batch with what its blocks need besides hidden states.
+
+    Attributes:
+        tokens: the rows.
+        held_out: whether they belong to the held-out split.
+        inputs: further arguments of every block (`hidden` is empty: it lives in the stores).
+    """
+
+    tokens: TokenBatch
+    held_out: bool
+    inputs: BlockInputs
+
+
+class DualStream:
+    """Both streams in front of one block.
+
+    Attributes:
+        x_fp: input of the next block in the full-precision network, one tensor a batch.
+        x_q: the same in the quantised network.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        batches: Sequence[tuple[TokenBatch, bool]],
+        *,
+        directory: Path | None = None,
+        device: torch.device,
+    ) -> None:
+        """Embed all rows.
+
+        Args:
+            adapter: the model.
+            batches: rows, and whether they are held out; a batch never mixes both.
+            directory: where activations are kept on disk; None keeps them in memory.
+            device: where blocks run.
+        """
+        self.adapter = adapter
+        self.device = device
+        self._directory = directory
+        self._stores = 0
+        self.batches: list[StreamedBatch] = []
+        self.x_fp, self.x_q = self.new_store(), self.new_store()
+        shared: dict[tuple[int, ...], BlockInputs] = {}
+        for tokens, held_out in batches:
+            inputs = adapter.block_inputs(tokens)
+            self.x_fp.append(inputs.hidden)
+            self.x_q.append(inputs.hidden)
+            light = BlockInputs(inputs.hidden[:0], inputs.arguments)
+            if tokens.mask is None:  # positions and masks of full rows depend on the shape alone: keep them once
+                light = shared.setdefault(tuple(tokens.ids.shape), light)
+            self.batches.append(StreamedBatch(tokens, held_out, light))
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether some rows are held out."""
+        return any(batch.held_out for batch in self.batches)
+
+    def new_store(self) -> ActivationStore:
+        """Return an empty store, in memory or on disk as the streams are."""
+        self._stores += 1
+        return ActivationStore(None if self._directory is None else self._directory / f"store-{self._stores}")
+
+    def run(self, index: int, inputs: ActivationStore) -> ActivationStore:
+        """Run the loaded block `index` on every batch of `inputs` and return its outputs."""
+        outputs = self.new_store()
+        for position, batch in enumerate(self.batches):
+            outputs.append(self.adapter.run_block(index, inputs[position].to(self.device), batch.inputs))
+        return outputs
+
+    def advance(self, y_fp: ActivationStore, y_q: ActivationStore) -> None:
+        """Make the outputs of this block the inputs of the next one."""
+        self.x_fp.close()
+        self.x_q.close()
+        self.x_fp, self.x_q = y_fp, y_q
+
+    def close(self) -> None:
+        """Free everything."""
+        self.x_fp.close()
+        self.x_q.close()
+
+    def relative_error(self, y_fp: ActivationStore, y_q: ActivationStore) -> float:
+        """Return mean (y_fp - y_q)^2 / mean y_fp^2 over real tokens, of the held-out rows if there are any."""
+        error = energy = 0.0
+        for position, batch in enumerate(self.batches):
+            if self.has_held_out and not batch.held_out:
+                continue
+            full = real_tokens(y_fp[position], batch.tokens).double()
+            error += float((full - real_tokens(y_q[position], batch.tokens).double()).square().sum())
+            energy += float(full.square().sum())
+        return error / energy if energy else 0.0
+
+
+def real_tokens(values: Tensor, tokens: TokenBatch) -> Tensor:
+    """Return (token, features) without the padding."""
+    flat = values.reshape(-1, values.shape[-1])
+    return flat if tokens.mask is None else flat[tokens.mask.reshape(-1).to(flat.device)]
+
+
+class BlockRun:
+    """Both streams inside one block; gives a solver the moments it asks for.
+
+    Attributes:
+        y_fp: output of the block in the full-precision network.
+    """
+
+    def __init__(self, streams: DualStream, block: Block, *, keep_inputs: bool) -> None:
+        """Run the full-precision stream through the block, whose weights must still be full precision.
+
+        Args:
+            streams: in front of this block.
+            block: loaded; transforms already applied.
+            keep_inputs: store what each group reads in the full-precision network, for the moments C and D.
+        """
+        self.streams = streams
+        self.block = block
+        self.fp_inputs = [streams.new_store() if keep_inputs else None for _ in block.groups]
+        hooks = [
+            block.module.get_submodule(group.sites[0].path).register_forward_pre_hook(_appender(store))
+            for group, store in zip(block.groups, self.fp_inputs, strict=True)
+            if store is not None
+        ]
+        try:
+            self.y_fp = streams.run(block.index, streams.x_fp)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def close(self) -> None:
+        """Free the stored inputs."""
+        for store in self.fp_inputs:
+            if store is not None:
+                store.close()
+
+    def moments(self, group_index: int, needs: frozenset[Need]) -> tuple[Moments, Moments | None]:
+        """Return the moments of one group's input over the fit split and over the held-out split (None without one).
+
+        Raises:
+            NumericsError: the group reads NaN or Inf.
+        """
+        group = self.block.groups[group_index]
+        stored = self.fp_inputs[group_index]
+        cross, residual = Need.CROSS_MOMENT in needs, Need.RESIDUAL_MOMENT in needs
+        if (cross or residual) and stored is None:
+            raise ValueError(f"{self.block.name}: C and D need keep_inputs=True")
+        width = group.sites[0].shape[1]
+        fit, held_out = (
+            MomentSums(width, cross=cross, residual=residual, device=self.streams.device) for _ in range(2)
+        )
+        for position, batch in enumerate(self.streams.batches):
+            x = self._quantised_input(group, position, batch)
+            x_fp = None
+            if stored is not None and (cross or residual):
+                x_fp = real_tokens(stored[position].to(x.device), batch.tokens)
+            (held_out if batch.held_out else fit).add_(real_tokens(x, batch.tokens), x_fp)
+        for sums in (fit, held_out):
+            if not bool(torch.isfinite(sums.G).all()):
+                names = ", ".join(site.name for site in group.sites)
+                raise NumericsError(
+                    f"the input of {names} must be finite, but holds NaN or Inf on the calibration rows; nothing was saved"
+                )
+        return fit.means(), held_out.means() if held_out.num_tokens else None
+
+    def _quantised_input(self, group: SiteGroup, position: int, batch: StreamedBatch) -> Tensor:
+        """Run the block as it stands, up to the first layer of the group, and return what that layer reads."""
+        layer = self.block.module.get_submodule(group.sites[0].path)
+        hook = layer.register_forward_pre_hook(_stopper)
+        try:
+            hidden = self.streams.x_q[position].to(self.streams.device)
+            self.streams.adapter.run_block(self.block.index, hidden, batch.inputs)
+        except _InputSeen as seen:
+            return seen.inputs
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{group.name} of {self.block.name} did not run on batch {position}")
+
+
+def _appender(store: ActivationStore) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def append(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        del module
+        store.append(arguments[0].detach())
+
+    return append
+
+
+def _stopper(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    del module
+    raise _InputSeen(arguments[0].detach())

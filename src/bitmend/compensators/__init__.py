@@ -1,0 +1,1 @@
+"""Parts that add parameters after rounding."""

@@ -1,0 +1,1 @@
+"""Checkpoints: bitmend's own and those of other tools."""

@@ -1,0 +1,127 @@
+"""Second moments of a layer's input in the quantised and in the full-precision network.
+
+Symbols (columns are tokens in the papers, rows here): x = input in the quantised network, x~ = input in the
+full-precision network, dx = x~ - x, N = tokens.
+
+    G = mean x x^T        C = mean dx x^T        D = mean dx dx^T          (all (in, in); C is not symmetric)
+
+They are sufficient for every closed-form objective of a linear layer: with W the weight, Q its quantised form, E = Q - W,
+
+    mean ||Q x - W x~||^2 = tr(E G E^T) - 2 tr(E C^T W^T) + tr(W D W^T).
+
+Products are taken in float32 a chunk of tokens at a time, sums are kept in float64.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitmend.linalg.cholesky import InverseFactor, factor_inverse
+
+CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of one group's input over one set of rows.
+
+    Attributes:
+        G: mean x x^T, float64.
+        C: mean dx x^T, float64; None when the full-precision stream was not asked for.
+        D: mean dx dx^T, float64; None likewise.
+        num_tokens: how many tokens the means are over.
+    """
+
+    G: Float[Tensor, "in in"]
+    C: Float[Tensor, "in in"] | None
+    D: Float[Tensor, "in in"] | None
+    num_tokens: int
+    _factors: dict[tuple[float, str], InverseFactor] = field(default_factory=dict, repr=False, compare=False)
+
+    def inverse_factor(self, damping: float, order: str) -> InverseFactor:
+        """Return the factor of (G + damping mean(diag G) I)^-1, computed once for all sites that share these moments.
+
+        Raises:
+            FactorizationError: G stays indefinite after the whole damping ladder.
+        """
+        key = (damping, order)
+        if key not in self._factors:
+            self._factors[key] = factor_inverse(self.G, damping, order)
+        return self._factors[key]
+
+    @property
+    def factors(self) -> tuple[InverseFactor, ...]:
+        """The factors that have been computed so far."""
+        return tuple(self._factors.values())
+
+    def output_error(self, weight: Float[Tensor, "out in"], quantised: Float[Tensor, "out in"]) -> float:
+        """Return the mean over tokens of ||Q x - W x~||^2, with x~ = x when C or D are unknown.
+
+        Cost: one (out, in) x (in, in) product for each known moment.
+        """
+        W = weight.double()
+        E = quantised.double() - W
+        error = torch.sum((E @ self.G) * E)
+        if self.C is not None and self.D is not None:
+            error = error - 2 * torch.sum(E * (W @ self.C)) + torch.sum((W @ self.D) * W)
+        return float(error)
+
+    def output_energy(self, weight: Float[Tensor, "out in"]) -> float:
+        """Return the mean over tokens of ||W x||^2, the scale against which errors are read."""
+        W = weight.double()
+        return float(torch.sum((W @ self.G) * W))
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """Return the moments over the tokens of both."""
+    total = first.num_tokens + second.num_tokens
+    a, b = first.num_tokens / total, second.num_tokens / total
+
+    def mix(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        return None if one is None or other is None else a * one + b * other
+
+    return Moments(a * first.G + b * second.G, mix(first.C, second.C), mix(first.D, second.D), total)
+
+
+class MomentSums:
+    """Running sums from which `Moments` are made.
+
+    Cost: 2 T I^2 operations a moment for T tokens of width I; 8 I^2 bytes a moment.
+    """
+
+    def __init__(self, width: int, *, cross: bool, residual: bool, device: torch.device) -> None:
+        def zeros() -> Tensor:
+            return torch.zeros(width, width, dtype=torch.float64, device=device)
+
+        self.G = zeros()
+        self.C = zeros() if cross else None
+        self.D = zeros() if residual else None
+        self.num_tokens = 0
+
+    def add_(self, x: Float[Tensor, "token in"], x_fp: Float[Tensor, "token in"] | None) -> None:
+        """Add tokens.
+
+        Args:
+            x: inputs in the quantised network, any floating dtype.
+            x_fp: inputs of the same tokens in the full-precision network; needed when C or D were asked for.
+        """
+        for start in range(0, len(x), CHUNK_TOKENS):
+            chunk = x[start : start + CHUNK_TOKENS].float()
+            self.G += (chunk.T @ chunk).double()
+            if x_fp is not None and (self.C is not None or self.D is not None):
+                residual = x_fp[start : start + CHUNK_TOKENS].float() - chunk
+                if self.C is not None:
+                    self.C += (residual.T @ chunk).double()
+                if self.D is not None:
+                    self.D += (residual.T @ residual).double()
+        self.num_tokens += len(x)
+
+    def means(self) -> Moments:
+        """Return the moments of all tokens added so far (at least one)."""
+
+        def mean(total: Tensor | None) -> Tensor | None:
+            return None if total is None else total / self.num_tokens
+
+        return Moments(self.G / self.num_tokens, mean(self.C), mean(self.D), self.num_tokens)

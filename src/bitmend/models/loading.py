@@ -1,0 +1,135 @@
+"""From a name to a folder, from a folder to a config, from a config to a model without weights."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from bitmend.errors import ModelError
+
+CONFIG_FILE = "config.json"
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+
+
+def resolve_model(name: str | Path) -> Path:
+    """Return the local folder of a model, downloading it from the hub when `name` is a hub name.
+
+    Raises:
+        ModelError: there is no such folder, or the download failed.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{name} is a file, need the folder of a model; give the folder that holds {CONFIG_FILE}")
+    if isinstance(name, Path) or not HUB_NAME.fullmatch(name):
+        raise ModelError(f"the model folder {name} does not exist; give an existing folder or a hub name like org/name")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 (only needed for hub names)
+
+    try:
+        # A second copy of the weights in a subfolder (original/, onnx/) is not wanted.
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub client's errors have no common root; the user needs one sentence of each
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"{name} is no local folder and could not be fetched from the hub ({reason}); "
+            "check the name, the network and your login, or give a local folder"
+        ) from error
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of a model folder.
+
+    Raises:
+        ModelError: there is no config, it is broken, or transformers does not know its model type.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {CONFIG_FILE}; give the folder of a model as save_pretrained writes it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} is not readable JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}, need a JSON object; copy it again")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # config classes and code that comes with a model raise whatever they like
+        raise ModelError(_config_sentence(path, content, trust_remote_code, error)) from error
+
+
+def _config_sentence(path: Path, content: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
+    model_type = content.get("model_type")
+    if content.get("auto_map") and not trust_remote_code:
+        return f"{path} (model_type {model_type!r}) needs code that comes with the model; {TRUST_HINT}"
+    if model_type is None:
+        return f"{path} has no model_type, so its architecture is unknown; give a model that transformers can load"
+    reason = " ".join(str(error).split())
+    return f"transformers {transformers.__version__} cannot read {path} (model_type {model_type!r}): {reason}"
+
+
+TRUST_HINT = "read that code, and allow it with trust_remote_code if you trust it"
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """Return the causal language model of `config` with parameters on the meta device and real buffers.
+
+    Costs neither memory nor time, whatever the size of the model. Tied weights are not tied yet.
+
+    Args:
+        config: of transformers; not changed.
+        dtype: of parameters and computed buffers; None for the config's own.
+        trust_remote_code: allow code that comes with the model.
+
+    Raises:
+        ModelError: transformers cannot build the model.
+    """
+    config = copy.deepcopy(config)
+    options = {} if dtype is None else {"dtype": dtype}
+    try:
+        with no_init_weights(), _parameters_on_meta():
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **options
+            )
+    except Exception as error:  # as above
+        if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and not trust_remote_code:
+            raise ModelError(f"the model needs code that comes with it; {TRUST_HINT}") from error
+        reason = " ".join(str(error).split())
+        raise ModelError(f"transformers cannot build the model from its config ({reason}); check config.json") from error
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to meta as it is registered.
+
+    Under `torch.device("meta")` the buffers (rotary frequencies, embedding scales) would be lost as well, and nothing
+    in a checkpoint brings them back. Memory that is only allocated and never written costs no pages.
+    """
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, param)
+        stored = module._parameters[name]
+        if stored is not None:
+            module._parameters[name] = nn.Parameter(stored.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

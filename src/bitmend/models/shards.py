@@ -1,0 +1,202 @@
+"""The tensors of a model folder, read one at a time.
+
+The list of tensors comes from the headers of the files, so that a file that is cut short or does not match its index is
+refused before any work starts, whatever the size of the model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bitmend.errors import CheckpointError, ModelError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILE = "pytorch_model.bin"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a header says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class ShardedWeights:
+    """The tensors of `model.safetensors`, of indexed shards, or of `pytorch_model.bin`.
+
+    Nothing is held in memory but the headers (and, for a `.bin` file, its memory map).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers.
+
+        Raises:
+            ModelError: the folder holds no weights that can be read.
+            CheckpointError: a file is missing, cut short or at odds with the index.
+        """
+        self.folder = folder
+        self._mapped: dict[str, Tensor] = {}
+        if (folder / INDEX_FILE).is_file():
+            self._table = _read_index(folder)
+        elif (folder / SINGLE_FILE).is_file():
+            self._table = _read_header(folder / SINGLE_FILE)
+        elif (folder / PICKLED_FILE).is_file():
+            self._mapped = _map_pickled(folder / PICKLED_FILE)
+            self._table = {
+                name: StoredTensor(folder / PICKLED_FILE, tuple(tensor.shape), tensor.dtype)
+                for name, tensor in self._mapped.items()
+            }
+        else:
+            raise ModelError(
+                f"{folder} holds no weights: need {SINGLE_FILE}, {INDEX_FILE} with its shards, or {PICKLED_FILE}; "
+                "give a folder written by save_pretrained"
+            )
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all tensors, as in the files."""
+        return tuple(self._table)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor; it may share memory with the file, so copy it before you change it."""
+        stored = self._entry(name)
+        if name in self._mapped:
+            return self._mapped[name]
+        try:
+            with safe_open(stored.file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{stored.file} could not be read at tensor {name} ({error}); copy it again") from error
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that the header states."""
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that the header states."""
+        return self._entry(name).dtype
+
+    @property
+    def floating_dtype(self) -> torch.dtype:
+        """The dtype in which most of the model's values are stored, float32 when there are none."""
+        totals: dict[torch.dtype, int] = {}
+        for stored in self._table.values():
+            # torch cannot compute in the 8-bit types, so they are no dtype for a model
+            if stored.dtype.is_floating_point and stored.dtype.itemsize > 1:
+                totals[stored.dtype] = totals.get(stored.dtype, 0) + stored.num_bytes
+        return max(totals, key=lambda dtype: totals[dtype], default=torch.float32)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together, headers apart."""
+        return sum(stored.num_bytes for stored in self._table.values())
+
+    def _entry(self, name: str) -> StoredTensor:
+        if name not in self._table:
+            raise CheckpointError(f"{self.folder} holds no tensor called {name}; give the complete model")
+        return self._table[name]
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (the handle is no dict)
+            return {name: _stored(path, name, piece) for name, piece in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); it may be cut short, so copy or download it again"
+        ) from error
+
+
+def _stored(path: Path, name: str, piece: Any) -> StoredTensor:
+    code = piece.get_dtype()
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"tensor {name} in {path} is of type {code}, need one of {', '.join(DTYPES)}; give the model in bf16 or fp16"
+        )
+    return StoredTensor(path, tuple(piece.get_shape()), DTYPES[code])
+
+
+def _read_index(folder: Path) -> dict[str, StoredTensor]:
+    weight_map = _weight_map(folder / INDEX_FILE)
+    headers = {shard: _read_header(_shard_path(folder, shard)) for shard in dict.fromkeys(weight_map.values())}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise CheckpointError(
+                f"{INDEX_FILE} says that {name} is in {shard}, but that file does not hold it; "
+                f"copy {shard} again or give the index that belongs to it"
+            )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); copy it again") from error
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()) or not found:
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names; copy it again")
+    return found
+
+
+def _shard_path(folder: Path, shard: str) -> Path:
+    # The index comes from a stranger: it may name files of its own folder and nothing else.
+    relative = PurePosixPath(shard)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in shard or ":" in shard:
+        raise CheckpointError(
+            f"{INDEX_FILE} names the shard {shard!r}, need a path inside {folder}; do not trust this folder"
+        )
+    if relative.suffix != ".safetensors":
+        raise CheckpointError(f"{INDEX_FILE} names the shard {shard!r}, need a .safetensors file; copy the index again")
+    path = folder / relative
+    if not path.is_file():
+        raise CheckpointError(f"{INDEX_FILE} names the shard {shard}, which is missing from {folder}; download it again")
+    return path
+
+
+def _map_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load fails with anything from EOFError to UnpicklingError
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} could not be read as plain tensors ({reason}); convert the model to safetensors"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise CheckpointError(f"{path} is not a flat dictionary of tensors; convert the model to safetensors")
+    return loaded

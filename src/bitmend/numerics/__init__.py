@@ -1,0 +1,1 @@
+"""Which numbers are allowed: granularities, grids, observers and quantised tensors."""

@@ -1,0 +1,88 @@
+"""A quantised matrix: codes, their scales, and the words that say how to read them."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup, group_of_column
+from bitmend.numerics.uniform import UniformGrid
+
+ObserverName = Literal["minmax", "percentile", "mse"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantised.
+
+    Attributes:
+        grid: the levels.
+        granularity: which entries share a scale.
+        observer: how scales and zero points are chosen from the data.
+        scale_dtype: the type in which scales are stored. Scales are rounded to it before any code is chosen, so that
+            what is solved for is what is loaded.
+    """
+
+    grid: UniformGrid
+    granularity: Granularity = PerChannel()
+    observer: ObserverName = "mse"
+    scale_dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        size = f"g{self.granularity.size}" if isinstance(self.granularity, PerGroup) else type(self.granularity).__name__
+        return f"{self.grid.bits} bit {'symmetric' if self.grid.symmetric else 'asymmetric'} {size}"
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scales and zero points of a matrix.
+
+    Attributes:
+        scale: distance of two levels, positive, in the units of the weight; float32 that the storage type can hold.
+        zero_point: the code of the level 0, whole numbers in float32; None on a symmetric grid.
+    """
+
+    scale: Float[Tensor, "rows groups"]
+    zero_point: Float[Tensor, "rows groups"] | None
+
+    def per_column(self, group: Tensor) -> "QParams":
+        """Return the same parameters spread to columns: entry (r, j) is that of group `group[j]`."""
+        zero_point = None if self.zero_point is None else self.zero_point[:, group]
+        return QParams(self.scale[:, group], zero_point)
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantised weight matrix.
+
+    Attributes:
+        codes: one code an entry, in the signed range of the grid.
+        qparams: scales and zero points.
+        spec: how to read both.
+    """
+
+    codes: Int8[Tensor, "out in"]
+    qparams: QParams
+    spec: QuantSpec
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """Return the matrix that the codes stand for, computed in float32 and rounded once to `dtype`."""
+        group = group_of_column(self.spec.granularity, self.codes.shape[1]).to(self.codes.device)
+        spread = self.qparams.per_column(group)
+        return self.spec.grid.decode(self.codes, spread.scale, spread.zero_point).to(dtype)
+
+    def rows(self, start: int, stop: int) -> "QTensor":
+        """Return the quantised rows `start:stop`; exact, because rows never share a scale (except per tensor)."""
+        per_row = self.qparams.scale.shape[0] != 1
+        part = slice(start, stop) if per_row else slice(None)
+        zero_point = None if self.qparams.zero_point is None else self.qparams.zero_point[part]
+        return replace(self, codes=self.codes[start:stop], qparams=QParams(self.qparams.scale[part], zero_point))
+
+
+def quantize(weight: Float[Tensor, "out in"], qparams: QParams, spec: QuantSpec) -> QTensor:
+    """Round every entry to its nearest level. Cost: one pass over the matrix."""
+    group = group_of_column(spec.granularity, weight.shape[1]).to(weight.device)
+    spread = qparams.per_column(group)
+    return QTensor(spec.grid.encode(weight, spread.scale, spread.zero_point), qparams, spec)

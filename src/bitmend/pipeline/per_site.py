@@ -1,0 +1,143 @@
+"""Lift a solver of one matrix to a solver of a block, and prove each of its results on rows that it never saw.
+
+For each site the candidate is fitted on the fit split. It is kept if its held-out error is not above that of
+round-to-nearest at the same bits on the same rows; else round-to-nearest is stored and the report says so. A kept candidate
+is then fitted once more on all rows (`refit`). The held-out number in the report always speaks of the candidate before that.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bitmend.errors import FactorizationError, NumericsError
+from bitmend.linalg.moments import Moments, merge
+from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution
+from bitmend.sites import Block, LinearSite
+from bitmend.solvers.rtn import Rtn
+
+
+@dataclass(frozen=True)
+class PerSite:
+    """A block solver made of a site solver.
+
+    Attributes:
+        solver: works on one matrix.
+        name: its name in the report.
+        refit: fit accepted candidates again on all rows.
+    """
+
+    solver: SiteSolver
+    name: str
+    refit: bool
+
+    def solve_block(
+        self, block: Block, streams: BlockStreams | None, schemes: Mapping[str, QuantSpec]
+    ) -> Iterator[tuple[LinearSite, Solution, SiteReport]]:
+        """Yield each site's solution; the caller stores it before asking for the next.
+
+        Raises:
+            FactorizationError: the moments of a site stay indefinite; names the site.
+            NumericsError: a weight holds NaN or Inf; names the site.
+        """
+        for index, group in enumerate(block.groups):
+            sites = [site for site in group.sites if site.name in schemes]
+            if not sites:
+                continue
+            rows = self._measure(index, streams)
+            for site in sites:
+                problem = Problem(site, finite_weight(site, block), schemes[site.name], rows.fit)
+                started = time.perf_counter()
+                try:
+                    solution, report = self._solve_site(problem, rows)
+                except FactorizationError as error:
+                    raise FactorizationError(f"solver {self.name} at {site.name}: {error}") from error
+                report.seconds = time.perf_counter() - started
+                if site is sites[0]:  # the factor is the group's: its events are told once
+                    solution = replace(solution, events=(*solution.events, *_factor_events(site, rows)))
+                yield site, solution, report
+
+    def _measure(self, group_index: int, streams: BlockStreams | None) -> "_Rows":
+        if not self.solver.needs:
+            return _Rows(None, None, None)
+        if streams is None:
+            raise ValueError(f"solver {self.name} needs calibration data")
+        fit, held_out = streams.moments(group_index, self.solver.needs)
+        both = merge(fit, held_out) if held_out is not None and self.refit else None
+        return _Rows(fit, held_out, both)
+
+    def _solve_site(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
+        own_choice = Need.HELD_OUT in self.solver.needs
+        solution = self.solver.solve(replace(problem, held_out=rows.held_out if own_choice else None))
+        report = SiteReport(problem.site.name, str(problem.spec), self.name, refitted=solution.refitted)
+        report.diagnostics = dict(solution.diagnostics)
+        if rows.fit is None:
+            return solution, report
+        report.fit_error = relative_error(problem, solution.qtensor, rows.fit)
+        if rows.held_out is None:
+            return solution, report
+        base = Rtn().solve(problem)
+        report.held_out_error = relative_error(problem, solution.qtensor, rows.held_out)
+        report.base_held_out_error = relative_error(problem, base.qtensor, rows.held_out)
+        if report.held_out_error > report.base_held_out_error:
+            return _dropped(solution, base, report)
+        if rows.both is not None and not own_choice:
+            refitted = self.solver.solve(replace(problem, fit=rows.both))
+            report.diagnostics = dict(refitted.diagnostics)
+            report.refitted = True
+            return replace(refitted, refitted=True), report
+        return solution, report
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Moments of one group: of the fit split, of the held-out split, of both together."""
+
+    fit: Moments | None
+    held_out: Moments | None
+    both: Moments | None
+
+
+def finite_weight(site: LinearSite, block: Block) -> Any:
+    """Return a site's weight in float32.
+
+    Raises:
+        NumericsError: it holds NaN or Inf.
+    """
+    weight = site.weight(block.module).float()
+    if not bool(weight.isfinite().all()):
+        count = int((~weight.isfinite()).sum())
+        raise NumericsError(f"the weight of {site.name} must be finite, but {count} of its entries are NaN or Inf")
+    return weight
+
+
+def relative_error(problem: Problem, qtensor: QTensor, moments: Moments) -> float:
+    """Return the layer's output error on `moments`, over the energy of its full-precision output."""
+    energy = moments.output_energy(problem.weight)
+    error = moments.output_error(problem.weight, qtensor.dequantize())
+    return error / energy if energy > 0 else 0.0
+
+
+def _dropped(solution: Solution, base: Solution, report: SiteReport) -> tuple[Solution, SiteReport]:
+    message = (
+        f"{report.solver} was no better than round-to-nearest on held-out rows "
+        f"({report.held_out_error:.4g} against {report.base_held_out_error:.4g}); round-to-nearest is stored"
+    )
+    event = Event("dropped", report.name, message)
+    report.accepted, report.solver, report.refitted = False, "rtn", False
+    return replace(base, events=(*solution.events, event)), report
+
+
+def _factor_events(site: LinearSite, rows: _Rows) -> list[Event]:
+    """Return what the user must know of a factorisation: a raised damping, inputs that were zero on every token."""
+    events = []
+    used = rows.both or rows.fit
+    for factor in used.factors if used is not None else ():
+        if factor.damping > factor.requested_damping:
+            message = f"the moments were indefinite with damping {factor.requested_damping}; solved with {factor.damping}"
+            events.append(Event("damping_raised", site.name, message))
+        if factor.dead_columns:
+            message = f"{factor.dead_columns} of {site.shape[1]} inputs were zero on every calibration token"
+            events.append(Event("dead_columns", site.name, f"{message}; their weights are rounded to nearest"))
+    return events

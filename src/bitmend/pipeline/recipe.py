@@ -1,0 +1,299 @@
+"""Recipes: what is to be done to a model, as a TOML file, as keys on the command line, or as an object.
+
+All three end in one `Recipe`, whose keys are checked here once; an unknown key is an error that offers the nearest valid
+one. A method's own keys are the fields of its dataclass.
+"""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from bitmend.errors import RecipeError, RequestError, nearest_name
+from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup
+from bitmend.numerics.qtensor import ObserverName, QuantSpec
+from bitmend.numerics.uniform import UniformGrid
+from bitmend.protocols import SOLVERS, TRANSFORMS
+from bitmend.registry import Registry
+
+RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
+
+ScaleDtype = Literal["auto", "float16", "bfloat16", "float32"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightSection(_Section):
+    """How weights are quantised."""
+
+    bits: int = Field(4, ge=1, le=8)
+    group_size: int = 128  # -1: one scale per output channel
+    symmetric: bool = True
+    observer: ObserverName = "mse"
+    ragged: bool = False
+    scale_dtype: ScaleDtype = "auto"
+
+    def spec(self, model_dtype: torch.dtype) -> QuantSpec:
+        """Return the grid of these keys for a model of the given dtype.
+
+        `auto` stores scales in the model's own 16-bit type, and as float16 when the model is float32.
+        """
+        granularity: Granularity = PerChannel() if self.group_size == -1 else PerGroup(self.group_size, self.ragged)
+        if self.scale_dtype == "auto":
+            dtype = model_dtype if model_dtype in (torch.float16, torch.bfloat16) else torch.float16
+        else:
+            dtype = getattr(torch, self.scale_dtype)
+        return QuantSpec(UniformGrid(self.bits, self.symmetric), granularity, self.observer, dtype)
+
+
+class OverrideSection(_Section):
+    """Other keys for some sites; later overrides win over earlier ones."""
+
+    targets: list[str] = Field(min_length=1)  # full names; `re:` starts a regular expression that must match from the start
+    skip: bool = False
+    bits: int | None = Field(None, ge=1, le=8)
+    group_size: int | None = None
+    symmetric: bool | None = None
+    observer: ObserverName | None = None
+    ragged: bool | None = None
+    scale_dtype: ScaleDtype | None = None
+
+    def matches(self, name: str) -> bool:
+        """Return whether one of the targets is this site."""
+        return any(
+            re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+            for target in self.targets
+        )
+
+    @model_validator(mode="after")
+    def _patterns_compile(self) -> Self:
+        for target in self.targets:
+            if target.startswith("re:"):
+                try:
+                    re.compile(target[3:])
+                except re.error as error:
+                    raise ValueError(f"{target!r} is no regular expression: {error}") from error
+        return self
+
+
+class CalibrationSection(_Section):
+    """Which rows, and how they are split."""
+
+    sequences: int = Field(128, ge=1)
+    sequence_length: int | None = Field(None, ge=2)  # None: 2,048 or the model's context, whichever is shorter
+    held_out: float = Field(0.25, ge=0, lt=1)  # share of sequences that no candidate is fitted to
+    seed: int = Field(0, ge=0)
+    refit: bool = True  # fit again on all rows once a candidate has been accepted on the held-out ones
+
+
+class EndSection(_Section):
+    """Embedding or head at fewer bits; rounded to nearest, because a table look-up has no input moments."""
+
+    bits: int = Field(8, ge=2, le=8)
+    group_size: int = -1
+    observer: ObserverName = "mse"
+
+
+class Recipe(_Section):
+    """Everything that decides the codes, apart from the model and the calibration text."""
+
+    name: str = "unnamed"
+    weights: WeightSection = WeightSection()
+    solver: dict[str, Any] = {"name": "gptq"}
+    transforms: list[dict[str, Any]] = []
+    overrides: list[OverrideSection] = []
+    calibration: CalibrationSection = CalibrationSection()
+    embedding: EndSection | None = None  # None: left as it is
+    head: EndSection | None = None  # of models whose head is not tied to the embedding
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> Self:
+        self.build_solver()
+        self.build_transforms()
+        return self
+
+    def build_solver(self) -> Any:
+        """Return the solver with its hyperparameters."""
+        return build_part(SOLVERS, self.solver)
+
+    def build_transforms(self) -> list[Any]:
+        """Return the transforms in order."""
+        return [build_part(TRANSFORMS, keys) for keys in self.transforms]
+
+    def scheme(self, site: str, model_dtype: torch.dtype) -> QuantSpec | None:
+        """Return how one site is quantised, or None when an override skips it."""
+        keys = self.weights.model_dump()
+        skip = False
+        for override in self.overrides:
+            if override.matches(site):
+                changed = override.model_dump(exclude={"targets", "skip"}, exclude_none=True)
+                skip = override.skip
+                keys.update(changed)
+        return None if skip else WeightSection(**keys).spec(model_dtype)
+
+    def to_toml(self) -> str:
+        """Return the recipe as a TOML file that reads back as the same recipe."""
+        return _toml(self.model_dump(exclude_none=True))
+
+
+def build_part(registry: Registry[Any], keys: Mapping[str, Any]) -> Any:
+    """Return the registered part `keys["name"]` with the other keys as its fields.
+
+    Raises:
+        RecipeError: an unknown field (the nearest one is offered), or a value of the wrong type.
+        UnknownNameError: no part of that name.
+    """
+    if not isinstance(keys.get("name"), str):
+        raise RecipeError(f"a {registry.kind} must have a name, for example name = 'gptq'; got {dict(keys)}")
+    part = registry[keys["name"]]
+    fields = {field.name for field in dataclasses.fields(part)}
+    given = {key: value for key, value in keys.items() if key != "name"}
+    for key in given:
+        if key not in fields:
+            hint = nearest_name(key, fields) if fields else "; it has no keys"
+            raise RecipeError(f"{registry.kind} {keys['name']!r} has no key {key!r}{hint}")
+    try:
+        return TypeAdapter(part).validate_python(given)
+    except ValidationError as error:
+        raise RecipeError(f"{registry.kind} {keys['name']!r}: {_first_problem(error)}") from error
+
+
+def parse_recipe(keys: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of nested keys.
+
+    Raises:
+        RecipeError: an unknown key, or a value that does not fit; one sentence.
+    """
+    try:
+        return Recipe.model_validate(dict(keys))
+    except ValidationError as error:
+        raise RecipeError(_first_problem(error)) from error
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes and of the bare solvers."""
+    return sorted({path.stem for path in RECIPES_FOLDER.glob("*.toml")} | {entry.name for entry in SOLVERS})
+
+
+def load_recipe(name_or_file: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a shipped recipe, a bare solver's recipe, or the recipe in a file, with some keys replaced.
+
+    Args:
+        name_or_file: for example `gptq`, `llm-w3-gptq`, or a path that ends in `.toml`.
+        overrides: dotted keys and their values, for example `{"solver.damping": 0.05}`.
+
+    Raises:
+        RequestError: no such recipe or file.
+        RecipeError: a file that is no TOML, an unknown key, a value that does not fit.
+    """
+    keys = _recipe_keys(str(name_or_file))
+    for dotted, value in (overrides or {}).items():
+        _set_key(keys, dotted, value)
+    return parse_recipe(keys)
+
+
+def _recipe_keys(name: str) -> dict[str, Any]:
+    shipped = RECIPES_FOLDER / f"{name}.toml"
+    path = shipped if shipped.exists() else Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise RequestError(f"the recipe file {name} does not exist; `bitmend list recipes` names the shipped ones")
+        try:
+            keys = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {name} must be a TOML file: {error}") from error
+        return {"name": path.stem, **keys}
+    if name in SOLVERS:
+        return {"name": name, "solver": {"name": name}}
+    raise RequestError(f"no recipe is called {name!r}{nearest_name(name, recipe_names())}")
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of `--set KEY=VALUE` options; a value that is no TOML value is taken as text."""
+    keys: dict[str, Any] = {}
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign or not key:
+            raise RequestError(f"--set must look like solver.damping=0.05; got {assignment!r}")
+        try:
+            keys[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            keys[key.strip()] = text
+    return keys
+
+
+def _set_key(keys: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    place: Any = keys
+    for section in sections:
+        if isinstance(place, dict):
+            place = place.setdefault(section, {"name": "gptq"} if section == "solver" else {})
+        elif isinstance(place, list) and section.isdigit() and int(section) < len(place):
+            place = place[int(section)]
+        else:
+            raise RecipeError(f"the key {dotted!r} leads nowhere at {section!r}")
+    if not isinstance(place, dict):
+        raise RecipeError(f"the key {dotted!r} must name a key of a section, such as solver.damping")
+    place[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem of a pydantic error as one sentence."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section, key = first["loc"][:-1], str(first["loc"][-1])
+        return f"unknown key {where!r}{nearest_name(key, _section_keys(section))}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}: {message}; got {first['input']!r}" if where else f"{message}; got {first['input']!r}"
+
+
+def _section_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys of the section at `location`."""
+    sections: dict[str, type[BaseModel]] = {
+        "weights": WeightSection,
+        "overrides": OverrideSection,
+        "calibration": CalibrationSection,
+        "embedding": EndSection,
+        "head": EndSection,
+    }
+    model = sections.get(str(location[0]), Recipe) if location else Recipe
+    return list(model.model_fields)
+
+
+def _toml(keys: Mapping[str, Any]) -> str:
+    """Write nested keys as TOML; the standard library only reads it."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in keys.items() if not _is_table(value)]
+    for key, value in keys.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[{key}]", *(f"{name} = {_toml_value(item)}" for name, item in value.items())]
+        elif _is_table(value):
+            for table in value:
+                lines += ["", f"[[{key}]]", *(f"{name} = {_toml_value(item)}" for name, item in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+    )
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)

@@ -1,0 +1,377 @@
+"""The contracts: what a part of bitmend is given, what it gives back, and the tables in which parts are found.
+
+A reader of this file and of `pipeline/quantize.py` knows the system.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bitmend.linalg.moments import Moments
+from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.registry import Registry
+from bitmend.sites import Block, LinearSite
+
+
+ItemT = TypeVar("ItemT")
+
+
+# ---------------------------------------------------------------------------------------------- how work is shown
+@runtime_checkable
+class Progress(Protocol):
+    """Where long work says how far it is; the command line shows bars, a library call nothing."""
+
+    def track(self, items: Iterable[ItemT], label: str, total: int) -> Iterator[ItemT]:
+        """Yield `items`, showing how many of `total` are done and the time left."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Show one line of text."""
+        ...
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def track(self, items: Iterable[ItemT], label: str, total: int) -> Iterator[ItemT]:
+        del label, total
+        yield from items
+
+    def say(self, line: str) -> None:
+        del line
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+class Need(StrEnum):
+    """What a method asks the engine to measure for each group of sites that share an input."""
+
+    INPUT_MOMENT = "G"  # (in, in) mean x_q x_q^T
+    CROSS_MOMENT = "C"  # (in, in) mean (x_fp - x_q) x_q^T
+    RESIDUAL_MOMENT = "D"  # (in, in) mean (x_fp - x_q)(x_fp - x_q)^T
+    HELD_OUT = "held_out"  # the same moments over the held-out sequences, for the method's own choices
+
+
+# ---------------------------------------------------------------------------------------------- one matrix
+@dataclass(frozen=True)
+class Problem:
+    """Everything that a site solver may look at.
+
+    Attributes:
+        site: which matrix; for error sentences only.
+        weight: the full-precision weight, float32.
+        spec: the grid to round to.
+        fit: moments of the part of the calibration data that the solution is fitted on; None for data-free solvers.
+        held_out: moments of the other part, only for methods that ask for `Need.HELD_OUT`.
+    """
+
+    site: LinearSite
+    weight: Float[Tensor, "out in"]
+    spec: QuantSpec
+    fit: Moments | None = None
+    held_out: Moments | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that the user must be told: a raised damping, a fallback, a dropped module.
+
+    Attributes:
+        kind: a fixed word, such as `damping_raised`, `fallback`, `dropped`, `dead_columns`.
+        where: the site, block or file it speaks of.
+        message: one sentence.
+        degrades: whether this site did not get what was asked for; such sites count towards the 5 % guard.
+    """
+
+    kind: str
+    where: str
+    message: str
+    degrades: bool = False
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a site solver returns.
+
+    Attributes:
+        qtensor: the quantised matrix.
+        diagnostics: plain numbers (or lists of them) for the run report.
+        events: what the user must be told.
+        refitted: the solver used the held-out part too, after its choices were made.
+    """
+
+    qtensor: QTensor
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()
+    refitted: bool = False
+
+
+@runtime_checkable
+class SiteSolver(Protocol):
+    """Chooses the codes of one matrix in closed form: rtn, gptq, gptaq, marr, sage.
+
+    A frozen dataclass that holds its hyperparameters and nothing else.
+    """
+
+    needs: ClassVar[frozenset[Need]]
+
+    def solve(self, problem: Problem) -> Solution:
+        """Return the quantised matrix; never changes its input."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- one block
+@runtime_checkable
+class BlockStreams(Protocol):
+    """The calibration data at one block, in both networks."""
+
+    def moments(self, group_index: int, needs: frozenset[Need]) -> tuple[Moments, Moments | None]:
+        """Return the moments of one group's input over the fit split and the held-out split.
+
+        Runs the quantised block as it stands, so groups solved before are seen quantised.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockSolver(Protocol):
+    """Solves all sites of a block; `per_site` lifts a `SiteSolver` to it."""
+
+    def solve_block(
+        self, block: Block, streams: BlockStreams | None, schemes: Mapping[str, QuantSpec]
+    ) -> Iterator[tuple[LinearSite, Solution, "SiteReport"]]:
+        """Yield the sites in the order in which they must be stored.
+
+        The caller stores each result in the block before it asks for the next, so that later groups see earlier ones
+        quantised. Sites without a scheme stay in full precision.
+        """
+        ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Keeps the function and moves the difficulty: smooth, rotate, permute."""
+
+    exact: ClassVar[bool]
+
+    def apply_(self, block: Block, streams: BlockStreams | None) -> tuple[Event, ...]:
+        """Change the weights of the block in place so that its output stays the same (if `exact`)."""
+        ...
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Activations of the calibration rows, one batch at a time; may be iterated more than once."""
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch sequence features"]]: ...
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class Compensator(Protocol):
+    """Adds parameters after rounding: QwT."""
+
+    def fit(self, x_q: Stream, y_q: Stream, y_fp_local: Stream, y_fp: Stream) -> nn.Module:
+        """Return a module that maps (block input, block output) to a better block output.
+
+        Args:
+            x_q: input of the block in the quantised network.
+            y_q: output of the quantised block on it.
+            y_fp_local: output of the full-precision block on the same input.
+            y_fp: output of the block in the full-precision network.
+        """
+        ...
+
+
+@runtime_checkable
+class Reparameterisation(Protocol):
+    """What a learned block solver may train instead of a plain weight."""
+
+    def parameterise(self, weight: Float[Tensor, "out in"], spec: QuantSpec) -> nn.Module:
+        """Return a module without input whose output is the current quantised weight, with gradients."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- one model
+@dataclass(frozen=True)
+class TokenBatch:
+    """Some calibration rows of one batch.
+
+    Attributes:
+        ids: token numbers, padded on the right.
+        mask: true where there is a real token; None when every row is full.
+    """
+
+    ids: Int[Tensor, "batch sequence"]
+    mask: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many real tokens."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the first block gets, and the further arguments of every block.
+
+    Attributes:
+        hidden: input of block 0.
+        arguments: for each block the positional arguments after the hidden states, and the keyword arguments.
+    """
+
+    hidden: Float[Tensor, "batch sequence features"]
+    arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+@runtime_checkable
+class ModelAdapter(Protocol):
+    """The only thing that knows an architecture. Blocks live on disk until `load_block`."""
+
+    model: nn.Module
+    folder: Path
+    dtype: torch.dtype
+    block_names: tuple[str, ...]
+    embedding_name: str
+    head_name: str | None  # None when the head is tied to the embedding
+
+    def load_block(self, index: int) -> nn.Module:
+        """Read one block's tensors from the checkpoint and return the block."""
+        ...
+
+    def release_block(self, index: int) -> None:
+        """Forget one block's tensors."""
+        ...
+
+    def describe_block(self, index: int, batch: TokenBatch) -> Block:
+        """Run a few tokens through a loaded block and return its sites in execution order."""
+        ...
+
+    def block_inputs(self, batch: TokenBatch) -> BlockInputs:
+        """Run everything before the first block."""
+        ...
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """Return all stored tensors of a loaded block by full name."""
+        ...
+
+    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all stored tensors that are in no block, each once, by the name under which they are loaded."""
+        ...
+
+    def run_block(
+        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch sequence features"]:
+        """Run one loaded block."""
+        ...
+
+    def logits(
+        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
+    ) -> Float[Tensor, "batch sequence vocabulary"]:
+        """Run everything after the last block."""
+        ...
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """Codes <-> words, and nothing else."""
+
+    def pack(self, codes: Tensor, bits: int) -> Tensor:
+        """Return the words that hold `codes`."""
+        ...
+
+    def unpack(self, words: Tensor, bits: int, num_columns: int) -> Tensor:
+        """Return the codes that `words` hold."""
+        ...
+
+
+@runtime_checkable
+class CheckpointFormat(Protocol):
+    """A file that other tools, or bitmend itself, can read."""
+
+    def export(self, source: Path, output: Path) -> tuple[Event, ...]:
+        """Write the native checkpoint `source` in this format to the new folder `output`."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- what was done
+@dataclass
+class SiteReport:
+    """What happened at one site.
+
+    Errors are those of the layer's output, relative to its full-precision energy: tr(E G E^T) / tr(W G W^T) for
+    one-stream methods, with the cross terms of C and D when the method corrects the residual.
+
+    Attributes:
+        name: full path in the model.
+        spec: the grid, in words.
+        solver: which solver the stored codes come from (the base when the candidate was dropped).
+        fit_error: of the candidate, on the data it was fitted to; None for data-free runs.
+        held_out_error: of the candidate before any refit, on data it never saw; None without a held-out split.
+        base_held_out_error: the same for round-to-nearest at the same bits.
+        accepted: whether the candidate was kept.
+        refitted: whether the stored codes were fitted again on all rows after the candidate had been accepted.
+        seconds: time in the solver.
+        diagnostics: the solver's own numbers.
+    """
+
+    name: str
+    spec: str
+    solver: str
+    fit_error: float | None = None
+    held_out_error: float | None = None
+    base_held_out_error: float | None = None
+    accepted: bool = True
+    refitted: bool = False
+    seconds: float = 0.0
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BlockReport:
+    """What happened at one block.
+
+    Attributes:
+        name: full path in the model.
+        relative_error: mean square of (full-precision stream - quantised stream) after the block, over the mean square
+            of the full-precision stream, on the held-out rows (all rows when none are held out); None without streams.
+        sites: in execution order.
+        seconds: wall time of the whole block.
+    """
+
+    name: str
+    relative_error: float | None = None
+    sites: list[SiteReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class RunReport:
+    """Everything that `run.json` says of a run."""
+
+    model: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    calibration: dict[str, Any]
+    blocks: list[BlockReport] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    bits: dict[str, float] = field(default_factory=dict)
+    output: str = ""
+    status: Literal["running", "done"] = "running"
+
+
+# ---------------------------------------------------------------------------------------------- where parts are found
+SOLVERS: Registry[Any] = Registry("solver", "bitmend.solvers")
+TRANSFORMS: Registry[Any] = Registry("transform", "bitmend.transforms")
+REPARAMETERISATIONS: Registry[Any] = Registry("reparameterisation", "bitmend.reparameterisations")
+COMPENSATORS: Registry[Any] = Registry("compensator", "bitmend.compensators")
+ADAPTERS: Registry[Any] = Registry("model adapter", "bitmend.models")
+FORMATS: Registry[Any] = Registry("format", "bitmend.formats")

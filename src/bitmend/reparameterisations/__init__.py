@@ -1,0 +1,1 @@
+"""What a learned block solver may train."""

@@ -1,0 +1,1 @@
+"""Quantised modules and their kernels."""

@@ -1,0 +1,1 @@
+"""Kernels; `reference` is the slow one that others are compared with."""

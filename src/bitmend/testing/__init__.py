@@ -1,0 +1,1 @@
+"""Laws and slow references, public so that plug-ins can use them too."""

@@ -1,0 +1,1 @@
+"""Parts that keep the function of a block and move the difficulty elsewhere."""
