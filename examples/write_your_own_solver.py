@@ -1,9 +1,13 @@
 """Write a solver of fifteen lines, register it, and use it by its name like any other.
 
-This one always rounds down. It is meant to be worse than rounding to nearest, and the printed errors say how much: the mean
-square error of the worst matrix, relative to the mean square of its weights.
+The solver is coordinate descent: start from rounding to nearest, then go once over the columns and set each to the
+levels that are best while all other columns stay as they are. The engine measures what the solver asks for, proves each
+matrix on held-out rows, and stores rounding to nearest where that is better; the solver knows nothing of it.
 
-Prints: ^relative error at 4 bits: rtn (?P<rtn>\\d+\\.\\d+), floor (?P<floor>\\d+\\.\\d+)$
+Printed is the mean Kullback-Leibler divergence from the original model, in nats a token, on text that nothing was
+fitted to.
+
+Prints: ^KL at 3 bits: rtn (?P<rtn>\\d+\\.\\d+), coordinate (?P<coordinate>\\d+\\.\\d+)$
 """
 
 import tempfile
@@ -17,33 +21,57 @@ import bitmend
 from bitmend import assets
 from bitmend.numerics.granularity import group_of_column
 from bitmend.numerics.observers import choose_qparams
-from bitmend.numerics.qtensor import QTensor
+from bitmend.numerics.qtensor import QTensor, quantize
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 
-@SOLVERS.register("floor")
+@SOLVERS.register("coordinate")
 @dataclass(frozen=True)
-class Floor:
-    """Round every weight down, to the level below it."""
+class Coordinate:
+    """One round of coordinate descent on the mean square error of the layer's output, from rounding to nearest."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset()  # no moments: it looks at the weight alone
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
+    damping: float = 0.01  # added to the diagonal of G, as a fraction of its mean
 
     def solve(self, problem: Problem) -> Solution:
-        """Return the codes of the levels below the weights."""
-        spec, weight = problem.spec, problem.weight
-        qparams = choose_qparams(weight, spec)
-        scale = qparams.scale[:, group_of_column(spec.granularity, weight.shape[1])]
-        codes = torch.floor(weight / scale).clamp(spec.grid.min_code, spec.grid.max_code).to(torch.int8)
+        """Return the codes; E holds the error of every weight, and G the second moment of the inputs."""
+        W, spec = problem.weight, problem.spec
+        qparams = choose_qparams(W, spec)
+        start = quantize(W, qparams, spec)
+        codes, E = start.codes.clone(), start.dequantize() - W
+        G = problem.fit.G.float()
+        G = G + self.damping * G.diagonal().mean() * torch.eye(len(G))
+        group = group_of_column(spec.granularity, W.shape[1])
+        for j in range(W.shape[1]):
+            best = W[:, j] + E[:, j] - E @ G[:, j] / G[j, j]
+            one = qparams.per_column(group[j : j + 1])
+            codes[:, j] = spec.grid.encode(best[:, None], one.scale, one.zero_point)[:, 0]
+            E[:, j] = spec.grid.decode(codes[:, j : j + 1], one.scale, one.zero_point)[:, 0] - W[:, j]
         return Solution(QTensor(codes, qparams, spec))
 
 
-def worst_error(original: torch.nn.Module, folder: Path) -> float:
-    """Return the largest relative mean square error of a matrix of the quantised model in `folder`."""
-    quantised = bitmend.load(folder).state_dict()
-    raise NotImplementedError(original, quantised)
+def main() -> None:
+    """Quantise with the new solver and with rounding to nearest, compare, print."""
+    model, fit, report_on = (assets.path(name) for name in ("stories-260k", "books-calibration", "books-validation"))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        for solver in ("rtn", "coordinate"):
+            bitmend.quantize(
+                model,
+                solver,
+                [fit],
+                output=work / solver,
+                bits=3,
+                group_size=-1,
+                sequences=32,
+                sequence_length=256,
+            )
+        report = bitmend.evaluate(
+            [work / "rtn", work / "coordinate"], texts=[report_on], reference=model, windows=16, window_length=256
+        )
+        rtn, coordinate = (entry.texts[0].kl for entry in report.models)
+    print(f"KL at 3 bits: rtn {rtn:.4f}, coordinate {coordinate:.4f}")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in ("rtn", "floor"):
-            bitmend.quantize(assets.path("stories-260k"), name, output=Path(scratch) / name, bits=4, group_size=-1)
+    main()

@@ -39,5 +39,6 @@ def test_other_assets_are_found_in_the_folder_of_the_variable(tmp_path, monkeypa
 
 def test_a_wrong_name_offers_the_nearest(monkeypatch):
     monkeypatch.delenv(assets.VARIABLE, raising=False)
-    with pytest.raises(UnknownNameError, match=r"no asset called 'books-8m' .* is not set .* did you mean 'books-7m'\?"):
+    sentence = r"no asset called 'books-8m' .* is not set .* did you mean 'books-7m'\?"
+    with pytest.raises(UnknownNameError, match=sentence):
         assets.path("books-8m")

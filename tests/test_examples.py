@@ -1,7 +1,7 @@
 """Each example runs on a CPU within a minute or so, and prints the line that its docstring promises.
 
-The promise is the line `Prints: REGULAR EXPRESSION` of the docstring. Its named groups are numbers; `SENSIBLE` says what must
-hold between them.
+The promise is the line `Prints: REGULAR EXPRESSION` of the docstring. Its named groups are numbers; `SENSIBLE` says
+what must hold between them.
 """
 
 import ast
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 SENSIBLE: dict[str, Callable[[Mapping[str, float]], bool]] = {
     "quantize_and_compare": lambda number: 0 < number["gptq"] < number["rtn"],
-    "write_your_own_solver": lambda number: 0 < number["rtn"] < number["floor"],
+    "write_your_own_solver": lambda number: 0 < number["coordinate"] < number["rtn"],
 }
 
 

@@ -1,7 +1,7 @@
 """The code blocks of README.md run, in order, in one folder, as a stranger would type them.
 
-`./model` is the embedded default model, `text.txt` and `eval.txt` pieces of the embedded texts. A block that cannot run here
-says so in a comment on the line before it: `<!-- not run: reason -->`.
+`./model` is the embedded default model, `text.txt` and `eval.txt` are pieces of the embedded texts. A block that cannot
+run here says so in a comment on the line before it: `<!-- not run: reason -->`.
 """
 
 import os
@@ -56,7 +56,7 @@ def test_commands_that_run_are_bitmends():
     for block in code_blocks():
         if block.reason is None and block.language in SHELLS:
             first = block.text.removeprefix("$ ")
-            assert first.startswith("bitmend "), f"README.md:{block.line}: run it with bitmend, or say why it is not run"
+            assert first.startswith("bitmend "), f"README.md:{block.line}: not bitmend; say why it is not run"
 
 
 def test_blocks_run_in_order(tmp_path):
@@ -76,4 +76,5 @@ def test_blocks_run_in_order(tmp_path):
             timeout=300,
             check=False,
         )
-        assert done.returncode == 0, f"README.md:{block.line} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        shown = f"{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"README.md:{block.line} ended with {done.returncode}:\n{shown}"

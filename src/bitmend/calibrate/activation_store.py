@@ -154,8 +154,8 @@ def _write_and_rename(path: Path, tensor: Tensor) -> None:
     raw = tensor.contiguous().flatten().view(torch.uint8)
     try:
         with temporary.open("wb") as file:
-            for piece in raw.split(WRITE_BYTES):
-                file.write(memoryview(piece.cpu().numpy()))
+            for piece in torch.split(raw, WRITE_BYTES):
+                file.write(piece.cpu().numpy().data)
         # The old file lives on for tensors that still map it.
         temporary.replace(path)
     except OSError as error:

@@ -1,8 +1,8 @@
 """The calibration rows, and which of them are held out.
 
-Every repair is fitted on one part of the rows (`Split.FIT`) and judged on the other (`Split.HELD_OUT`). A row is a whole
-sequence and lies in one part; no two rows are equal, so that no sequence can be in both. The fingerprint names the rows
-and the split: two runs with one fingerprint saw the same data.
+Every repair is fitted on one part of the rows (`Split.FIT`) and judged on the other (`Split.HELD_OUT`). A row is a
+whole sequence and lies in one part; `load_calibration` draws each sequence once, so that none is in both. The
+fingerprint names the rows and the split: two runs with one fingerprint saw the same data.
 """
 
 import hashlib
@@ -103,8 +103,8 @@ class CalibrationSet:
     def batches(self, batch_size: int, *, pad_id: int = 0) -> list[TokenBatch]:
         """Return all rows in batches of one split each: first the rows to fit on, then the held-out rows.
 
-        Rows of the full length (that of the longest row) come first in their order, without a mask. Shorter rows follow,
-        shortest first, padded on the right to the longest of their batch.
+        Rows of the full length (that of the longest row) come first in their order, without a mask. Shorter rows
+        follow, shortest first, padded on the right to the longest of their batch.
 
         Args:
             batch_size: rows in a batch, at most.
@@ -144,8 +144,8 @@ class CalibrationSet:
 def choose_held_out(num_rows: int, share: float, seed: int) -> Bool[Tensor, "rows"]:
     """Mark `share` of the rows as held out, evenly spread over their order from a place that the seed gives.
 
-    Rows stand in the order of their sources, so an even spread holds out the same share of every source. A share above 0
-    marks at least one row, and at least one row stays unmarked.
+    Rows stand in the order of their sources, so an even spread holds out the same share of every source. A share
+    above 0 marks at least one row, and at least one row stays unmarked.
 
     Raises:
         RequestError: the share is not in [0, 1).

@@ -4,9 +4,8 @@ A pool holds streams, of which windows that do not overlap are candidates, and r
 """
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -185,7 +184,7 @@ def _read_text(path: Path, tokenizer: Any, wanted: int, seed: int) -> Pool:
     for offset, raw, share in _pieces(path, seed, PIECE_BYTES):
         streams.append(encode(tokenizer, decode_utf8(raw, str(path), offset)))
         coverage += share
-        if sum(map(len, streams)) >= wanted and coverage < 1:
+        if sum(map(len, streams)) >= wanted:
             break
     return Pool(str(path), tuple(streams), coverage=coverage)
 
@@ -202,7 +201,7 @@ def _read_json_lines(path: Path, tokenizer: Any, wanted: int, seed: int) -> Pool
             if text:
                 documents.add(_parse_json(text, where), where)
         coverage += share
-        if documents.num_tokens >= wanted and coverage < 1:
+        if documents.num_tokens >= wanted:
             break
     return documents.pool(coverage)
 
@@ -293,7 +292,7 @@ class _Documents:
         else:
             keys = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
             raise CalibrationError(
-                f"{where}: a string, or an object with `text`, `messages` or `input_ids`, is required, but {keys} came; "
+                f"{where}: a string or an object with `text`, `messages` or `input_ids` is required, but {keys} came; "
                 "rename the field that holds the text to `text`"
             )
         self.texts.append(np.asarray(ids, dtype=np.int64))
@@ -323,7 +322,8 @@ def _token_row(values: Any, where: str) -> np.ndarray:
     whole = isinstance(values, list) and all(type(value) is int and abs(value) < 2**63 for value in values)
     if not whole or not values:
         raise CalibrationError(
-            f"{where}: `input_ids` must be a list of at least one whole number, but {str(values)[:40]} came; mend the row"
+            f"{where}: `input_ids` must be a list of at least one whole number, but {str(values)[:40]} came; "
+            "mend the row"
         )
     return np.array(values, dtype=np.int64)
 
@@ -343,7 +343,7 @@ def _pieces(path: Path, seed: int, line_limit: int) -> Iterator[tuple[int, bytes
 
 
 def _read_piece(file: BinaryIO, start: int, stop: int, line_limit: int) -> tuple[int, bytes]:
-    """Return the lines that begin in `start..stop`, so that pieces side by side hold each line once.
+    """Return the lines that begin in `start..stop` and their byte offset, so that pieces hold each line once.
 
     Where no line ends within `line_limit` bytes (-1: no limit), the cut falls between two characters instead.
     """
@@ -351,23 +351,26 @@ def _read_piece(file: BinaryIO, start: int, stop: int, line_limit: int) -> tuple
     if start > 0:
         file.seek(start - 1)
         skipped = file.readline(line_limit)
-        if skipped.endswith(b"\n"):
+        if skipped.endswith(b"\n") or line_limit < 0:
             offset = start - 1 + len(skipped)
     if offset >= stop:
         return offset, b""
     file.seek(offset)
     raw = file.read(stop - offset)
     if not raw.endswith(b"\n"):
-        raw += file.readline(line_limit)
-    inside = len(raw.lstrip(_CONTINUATION)) if offset == start > 0 else len(raw)
-    offset, raw = offset + len(raw) - inside, raw[len(raw) - inside :]
-    return offset, raw if raw.endswith(b"\n") else _without_cut_character(raw)
+        # One byte less than where the next piece looks, which begins a byte earlier: both must see the same line end.
+        rest = file.readline(line_limit - 1)
+        raw += rest if rest.endswith(b"\n") or line_limit < 0 else b""
+    if offset == start > 0:
+        cut = len(raw) - len(raw.lstrip(_CONTINUATION))
+        offset, raw = offset + cut, raw[cut:]
+    return offset, raw if line_limit < 0 else without_cut_character(raw)
 
 
 _CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a UTF-8 character after its first
 
 
-def _without_cut_character(raw: bytes) -> bytes:
+def without_cut_character(raw: bytes) -> bytes:
     """Drop an unfinished UTF-8 character from the end."""
     for length in range(1, min(4, len(raw)) + 1):
         lead = raw[-length]

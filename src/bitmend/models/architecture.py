@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
@@ -40,8 +41,6 @@ def why_not_causal(config: Any) -> str | None:
     """Return why `config` does not describe a causal language model, or None when it does."""
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
-    if getattr(config, "is_decoder", True) is False:
-        return "it attends to both sides (is_decoder is false)"
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -74,13 +73,8 @@ def modules_found(config: Any) -> str:
     if kind is None or not hasattr(kind, "_from_config"):
         return "its modules are unknown to transformers"
     try:
-        with no_init_weights(), _on_meta():
+        with no_init_weights(), torch.device("meta"):
             return f"found {module_lists(kind._from_config(copy.deepcopy(config)))}"
     except Exception:  # only the ornament of an error sentence; the sentence itself must come through
         return "its modules could not be listed"
 
-
-def _on_meta() -> Any:
-    import torch  # noqa: PLC0415
-
-    return torch.device("meta")

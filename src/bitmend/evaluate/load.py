@@ -1,0 +1,146 @@
+"""A model folder as a network that can be scored, or a sentence that says why not.
+
+transformers skips what it does not know: an unknown quantisation method, a missing tensor (which then is random), a
+tensor too many. Each of these gives numbers that look like a bad model, so each is refused here.
+"""
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from bitmend.errors import CheckpointError, RequestError
+from bitmend.models.loading import CONFIG_FILE, read_config, resolve_model
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model in memory, in evaluation mode.
+
+    Attributes:
+        name: what reports call it.
+        model: of transformers, or alike: `model(input_ids=..., use_cache=False).logits`, `config`, `device`.
+        tokenizer: of transformers.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+
+def register_formats() -> None:
+    """Make bitmend's own checkpoint format known to transformers."""
+    importlib.import_module("bitmend.formats.hf_quantizer")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        RequestError: there is none, or it cannot be read.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizer classes raise whatever they like
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"{folder}: a tokenizer is required to score text, but it could not be loaded ({reason}); "
+            "copy the tokenizer files of the original model into the folder"
+        ) from error
+
+
+def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Load a causal language model and its tokenizer from a folder or by a hub name.
+
+    Args:
+        source: folder or hub name.
+        device: where the network goes.
+        dtype: of weights that are not quantised and of all activations.
+
+    Raises:
+        ModelError: no such model, or transformers does not know its architecture.
+        CheckpointError: the weights do not belong to the config, are cut short, or are quantised in a way that this
+            installation cannot read.
+        RequestError: it has no tokenizer.
+    """
+    register_formats()
+    folder = resolve_model(source)
+    config = read_config(folder)
+    _check_quantization(folder)
+    tokenizer = load_tokenizer(folder)
+    try:
+        with _without_progress_bars():
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:  # readers of shards, quantisers and missing packages: all sorts of errors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{folder}: a complete checkpoint that transformers can load is required, but loading failed ({reason}); "
+            "copy the model again, or install what the message asks for"
+        ) from error
+    _check_loading(folder, loading)
+    return LoadedModel(str(source), model.to(device).eval(), tokenizer)
+
+
+def check_context(model: LoadedModel, window_length: int) -> None:
+    """Refuse windows that are longer than the model's context.
+
+    Raises:
+        RequestError: they are.
+    """
+    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and 0 < context < window_length:
+        raise RequestError(
+            f"{model.name}: windows must fit the model's context of {context} tokens, but they have {window_length}; "
+            f"pass --window-length {context} or less"
+        )
+
+
+def _check_quantization(folder: Path) -> None:
+    content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    nested = content.get("text_config") or {}
+    description = content.get("quantization_config") or nested.get("quantization_config")
+    if not description:
+        return
+    known = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    method = description.get("quant_method")
+    bits_and_bytes = description.get("load_in_4bit") or description.get("load_in_8bit")
+    if method not in known and not bits_and_bytes:
+        raise CheckpointError(
+            f"{folder}: a quantisation method that transformers or bitmend can read is required, but "
+            f"{CONFIG_FILE} says {method!r}; known: {', '.join(sorted(known))}"
+        )
+
+
+def _check_loading(folder: Path, loading: dict[str, Any]) -> None:
+    for kind, words in (
+        ("missing_keys", "the file lacks"),
+        ("mismatched_keys", "the shape differs from the config's for"),
+        ("unexpected_keys", "the config has no place for"),
+    ):
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in loading.get(kind, ()))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(
+                f"{folder}: exactly the tensors that {CONFIG_FILE} describes are required, but {words} "
+                f"{', '.join(names[:3])}{more}; copy the model again, weights and config together"
+            )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,245 @@
+"""The bit ledger: where every byte of the weight files goes, from the files alone.
+
+Counted in bits, because a code of 3 bits has no whole number of bytes. Two totals are always given, since papers mean
+one or the other: the quantised layers only (their codes, padding, scales, zero points and side tensors, over the number
+of their weights; biases are not weights), and the whole model with embeddings, head, norms and biases (all tensors,
+over the number of the model's original parameters). The header of a file is counted apart.
+"""
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitmend.errors import CheckpointError
+from bitmend.formats.manifest import QUANT_METHOD, Manifest
+from bitmend.formats.safetensors_file import Header, TensorRecord, copy_chunks, parse_json, read_header
+from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
+
+# Of quantised modules, then of the rest, then of the file. `masks`, `indices` and `side` belong to layouts with more
+# than codes and scales.
+QUANTISED = ("codes", "padding", "scales", "zero_points", "masks", "indices", "side", "shapes")
+PLAIN = ("embeddings", "head", "norms", "biases", "layers", "other")
+CATEGORIES = (*QUANTISED, *PLAIN, "header")
+
+_SHAPE = "weight_shape"  # compressed-tensors stores each module's shape as a tensor
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One module.
+
+    Attributes:
+        name: full path.
+        weights: how many original parameters it has.
+        bits: category -> bits in the file.
+        code_bits: width of its codes, or None when it is not quantised.
+    """
+
+    name: str
+    weights: int
+    bits: Mapping[str, int]
+    code_bits: int | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits of the weight over the number of weights."""
+        quantised = sum(self.bits.get(category, 0) for category in QUANTISED)
+        return (quantised if self.code_bits is not None else sum(self.bits.values())) / max(1, self.weights)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The whole account.
+
+    Attributes:
+        rows: modules in the order of the files.
+        bits: category -> bits; together exactly 8 times `file_bytes`.
+        file_bytes: all weight files.
+        parameters: of the original model.
+        quantised_weights: parameters in quantised modules, without biases.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    bits: Mapping[str, int]
+    file_bytes: int
+    parameters: int
+    quantised_weights: int
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Of the quantised layers only; None when there are none."""
+        if not self.quantised_weights:
+            return None
+        return sum(self.bits[category] for category in QUANTISED) / self.quantised_weights
+
+    @property
+    def bits_per_weight_model(self) -> float:
+        """Of the whole model, embeddings and head included, without the header of the file."""
+        return (8 * self.file_bytes - self.bits["header"]) / max(1, self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ledger.json."""
+        return {
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_weight_model": self.bits_per_weight_model,
+            "file_bytes": self.file_bytes,
+            "parameters": self.parameters,
+            "quantised_weights": self.quantised_weights,
+            "bits": dict(self.bits),
+            "modules": [
+                {
+                    "name": row.name,
+                    "weights": row.weights,
+                    "code_bits": row.code_bits,
+                    "bits_per_weight": row.bits_per_weight,
+                    "bits": dict(row.bits),
+                }
+                for row in self.rows
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """What has to be known of a quantised module: width of a code, (out, in)."""
+
+    bits: int
+    shape: tuple[int, int]
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass
+class _Account:
+    """A row being filled; `extra` counts the parameters that are not weights, such as the bias of a quantised layer."""
+
+    weights: int = 0
+    extra: int = 0
+    bits: dict[str, int] = field(default_factory=dict)
+
+    def book(self, category: str, bits: int) -> None:
+        if bits:
+            self.bits[category] = self.bits.get(category, 0) + bits
+
+
+def ledger(folder: Path) -> Ledger:
+    """Return the ledger of a model folder: bitmend's own, plain, or compressed-tensors.
+
+    Cost: reads headers only (and 16 bytes a module of compressed-tensors).
+
+    Raises:
+        CheckpointError: no config.json or weight file, or a file that is cut short or altered.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+    headers = {found.name: read_header(found) for found in sorted(folder.glob("*.safetensors"))}
+    if not headers:
+        raise CheckpointError(f"{folder} has no weights in safetensors files")
+    return ledger_of(headers, parse_json(path.read_bytes(), str(path)), folder)
+
+
+def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: Path) -> Ledger:
+    """Return the ledger of files in `folder` whose headers and config have been read already; see `ledger`."""
+    quantised = _quantised_modules(headers, config.get("quantization_config") or {}, folder)
+    records = {name: record for header in headers.values() for name, record in header.tensors.items()}
+    accounts = {name: _Account(weights=codes.weights) for name, codes in quantised.items()}
+    for name, record in records.items():
+        module, _, leaf = name.rpartition(".")
+        account = accounts.setdefault(module, _Account())
+        bits = 8 * record.num_bytes
+        if module not in quantised:
+            account.weights += record.numel
+            account.book(_category(name, record), bits)
+        elif leaf in (WORDS, ZERO_WORDS):
+            entries = quantised[module].weights if leaf == WORDS else records[f"{module}.{SCALE}"].numel
+            used = entries * quantised[module].bits
+            account.book("codes" if leaf == WORDS else "zero_points", used)
+            account.book("padding", bits - used)
+        elif leaf in (SCALE, _SHAPE):
+            account.book("scales" if leaf == SCALE else "shapes", bits)
+        else:
+            account.extra += record.numel
+            account.book(_category(name, record), bits)
+    return _closed(accounts, quantised, headers)
+
+
+def _closed(accounts: Mapping[str, _Account], quantised: Mapping[str, _Codes], headers: Mapping[str, Header]) -> Ledger:
+    bits = dict.fromkeys(CATEGORIES, 0)
+    for account in accounts.values():
+        for category, amount in account.bits.items():
+            bits[category] += amount
+    bits["header"] = sum(8 * header.header_bytes for header in headers.values())
+    rows = tuple(
+        LedgerRow(name, account.weights, account.bits, quantised[name].bits if name in quantised else None)
+        for name, account in sorted(accounts.items(), key=lambda item: _natural(item[0]))
+    )
+    return Ledger(
+        rows=rows,
+        bits=bits,
+        file_bytes=sum(header.file_bytes for header in headers.values()),
+        parameters=sum(account.weights + account.extra for account in accounts.values()),
+        quantised_weights=sum(codes.weights for codes in quantised.values()),
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _category(name: str, record: TensorRecord) -> str:
+    """Return where an unquantised tensor is booked; names are all that a file tells."""
+    module, _, leaf = name.rpartition(".")
+    if re.search(r"norm|(^|\.)ln_?\w*$", module, re.IGNORECASE):
+        return "norms"
+    if leaf == "bias":
+        return "biases"
+    if re.search(r"embed|(^|\.)wt?pe$|(^|\.)wte$", module, re.IGNORECASE):
+        return "embeddings"
+    if re.search(r"(^|\.)(lm_head|embed_out|classifier|score|head|output)$", module):
+        return "head"
+    return "layers" if leaf == "weight" and len(record.shape) >= 2 else "other"
+
+
+def _quantised_modules(headers: Mapping[str, Header], config: Mapping[str, Any], folder: Path) -> dict[str, _Codes]:
+    if config.get("quant_method") == QUANT_METHOD:
+        manifest = Manifest.from_json(config)
+        return {name: _Codes(entry.spec.grid.bits, entry.shape) for name, entry in manifest.modules.items()}
+    if config.get("quant_method") == "compressed-tensors":
+        return _compressed_tensors_modules(headers, config, folder)
+    return {}
+
+
+def _compressed_tensors_modules(
+    headers: Mapping[str, Header], config: Mapping[str, Any], folder: Path
+) -> dict[str, _Codes]:
+    modules = {}
+    for file, header in headers.items():
+        for name, record in header.tensors.items():
+            module, _, leaf = name.rpartition(".")
+            if leaf == _SHAPE and f"{module}.{WORDS}" in header.tensors:
+                data = b"".join(copy_chunks(folder / file, record.start, record.stop))
+                modules[module] = _Codes(_compressed_tensors_bits(module, config), struct.unpack("<2q", data))
+    return modules
+
+
+def _compressed_tensors_bits(module: str, config: Mapping[str, Any]) -> int:
+    """Return the code width of a module: exact names go before patterns, patterns before classes."""
+    best, bits = 0, None
+    for group in config.get("config_groups", {}).values():
+        for target in group.get("targets", []):
+            is_pattern = target.startswith("re:")
+            rank = 3 if target == module else 2 if is_pattern and re.match(target[3:], module) else 0
+            rank = rank or (1 if target in ("Linear", "Embedding") else 0)
+            if rank > best:
+                best, bits = rank, group["weights"]["num_bits"]
+    if bits is None:
+        raise CheckpointError(f"no group of quantization_config.config_groups targets the quantised module {module}")
+    return int(bits)

@@ -1,0 +1,206 @@
+"""What `quantization_config` in config.json says of a bitmend checkpoint.
+
+```json
+{"quant_method": "bitmend", "format_version": 1,
+ "schemes": [{"layout": "uniform", "bits": 4, "symmetric": true, "group_size": 32, "ragged": false,
+              "scale_dtype": "bfloat16", "observer": "mse"}],
+ "modules": {"model.layers.0.mlp.up_proj": {"scheme": 0, "shape": [128, 64], "kind": "linear"}},
+ "tied": {"lm_head": "model.embed_tokens"},
+ "provenance": {"solver": "gptq"},
+ "files": {"model.safetensors": "<sha256>"}}
+```
+
+Every quantised module is listed; equal schemes are stored once. A scheme's `layout` names which tensors lie in the file
+and how they are read (`formats/native.py`); a later way of storing (masks, codebooks, matrices beside a block) is a new
+layout name, which readers that do not know it refuse. `files` is dropped when transformers saves the model again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from bitmend.errors import CheckpointError, RecipeError, RequestError
+from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.uniform import UniformGrid
+
+QUANT_METHOD = "bitmend"
+FORMAT_VERSION = 1
+LAYOUTS = ("uniform",)
+KINDS = ("linear", "conv1d", "embedding")
+SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+OBSERVERS = ("minmax", "percentile", "mse")
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """One quantised module.
+
+    Attributes:
+        spec: how its weight is quantised.
+        shape: (out, in); (tokens, features) of an embedding.
+        kind: `linear`, `conv1d` (GPT-2) or `embedding`.
+        layout: which tensors hold it.
+    """
+
+    spec: QuantSpec
+    shape: tuple[int, int]
+    kind: str = "linear"
+    layout: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of a checkpoint's `quantization_config`.
+
+    Attributes:
+        modules: full module path -> what it is.
+        tied: path of a head -> path of the quantised embedding whose table it uses.
+        provenance: where the numbers come from; free.
+        files: name of a weight file -> its sha256, or empty when unknown.
+    """
+
+    modules: Mapping[str, ManifestEntry]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the dictionary that goes into config.json."""
+        schemes: list[dict[str, Any]] = []
+        modules = {}
+        for name, entry in self.modules.items():
+            scheme = {"layout": entry.layout, **spec_to_json(entry.spec)}
+            if scheme not in schemes:
+                schemes.append(scheme)
+            modules[name] = {"scheme": schemes.index(scheme), "shape": list(entry.shape), "kind": entry.kind}
+        config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        config |= {"schemes": schemes, "modules": modules, "tied": dict(self.tied)}
+        config |= {"provenance": dict(self.provenance), "files": dict(self.files)}
+        return config
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Manifest":
+        """Read the dictionary back.
+
+        Raises:
+            CheckpointError: a key that is missing or has the wrong type, a layout or version that this release does not
+                know, or a scheme that is impossible.
+        """
+        version = _get(config, "format_version", int)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config has format_version {version}, this release reads {FORMAT_VERSION}; "
+                f"load it with the release of bitmend that wrote it, or a newer one"
+            )
+        schemes = [_scheme_from_json(item) for item in _get(config, "schemes", list)]
+        modules = {name: _entry_from_json(name, item, schemes) for name, item in _get(config, "modules", dict).items()}
+        tied = _get(config, "tied", dict)
+        for head, embedding in tied.items():
+            if not isinstance(embedding, str) or embedding not in modules or modules[embedding].kind != "embedding":
+                raise CheckpointError(f"quantization_config.tied ties {head!r} to {embedding!r}, which is no embedding")
+        files = _get(config, "files", dict)
+        if not all(isinstance(digest, str) for digest in files.values()):
+            raise CheckpointError("quantization_config.files must map file names to sha256 digests")
+        return cls(modules, tied, _get(config, "provenance", dict), files)
+
+    def with_files(self, files: Mapping[str, str]) -> "Manifest":
+        """Return the same manifest with other checksums."""
+        return replace(self, files=dict(files))
+
+
+def quantization_config(
+    sites: Mapping[str, ManifestEntry],
+    *,
+    tied: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint; the writer adds the checksums of the files.
+
+    Args:
+        sites: full module path -> what it is, in the order of the model.
+        tied: path of a head -> path of the quantised embedding that it shares; only when the embedding is quantised.
+        provenance: anything that JSON holds: recipe, versions, calibration hash.
+    """
+    return Manifest(sites, tied or {}, provenance or {}).to_json()
+
+
+def spec_to_json(spec: QuantSpec) -> dict[str, Any]:
+    """Return a scheme as plain JSON; `group_size` is -1 for one scale per output channel, 0 for one in all.
+
+    Raises:
+        RequestError: a granularity of activations, or a scale type that no reader knows.
+    """
+    granularity = spec.granularity
+    if isinstance(granularity, PerToken):
+        raise RequestError("weights have one scale per tensor, per output channel or per group; got one per token")
+    scale_dtype = str(spec.scale_dtype).removeprefix("torch.")
+    if scale_dtype not in SCALE_DTYPES:
+        raise RequestError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}; got {scale_dtype}")
+    is_group = isinstance(granularity, PerGroup)
+    return {
+        "bits": spec.grid.bits,
+        "symmetric": spec.grid.symmetric,
+        "group_size": granularity.size if is_group else -1 if isinstance(granularity, PerChannel) else 0,
+        "ragged": is_group and granularity.ragged,
+        "scale_dtype": scale_dtype,
+        "observer": spec.observer,
+    }
+
+
+def spec_from_json(scheme: Mapping[str, Any]) -> QuantSpec:
+    """Return the scheme that `spec_to_json` wrote.
+
+    Raises:
+        CheckpointError: a missing key, a wrong type or an impossible value.
+    """
+    scale_dtype = _get(scheme, "scale_dtype", str)
+    observer = _get(scheme, "observer", str)
+    group_size, ragged = _get(scheme, "group_size", int), _get(scheme, "ragged", bool)
+    if scale_dtype not in SCALE_DTYPES or observer not in OBSERVERS or group_size < -1:
+        raise CheckpointError(
+            f"a scheme of quantization_config has scale_dtype {scale_dtype!r}, observer {observer!r} and group_size "
+            f"{group_size}; known are {', '.join(SCALE_DTYPES)}; {', '.join(OBSERVERS)}; and -1, 0 or more"
+        )
+    granularity = PerTensor() if group_size == 0 else PerChannel() if group_size < 0 else PerGroup(group_size, ragged)
+    try:
+        grid = UniformGrid(_get(scheme, "bits", int), _get(scheme, "symmetric", bool))
+    except RecipeError as error:
+        raise CheckpointError(f"a scheme of quantization_config is impossible: {error}") from error
+    return QuantSpec(grid, granularity, observer, SCALE_DTYPES[scale_dtype])  # type: ignore[arg-type]  # checked above
+
+
+def _scheme_from_json(item: Any) -> tuple[str, QuantSpec]:
+    if not isinstance(item, dict):
+        raise CheckpointError(f"each of quantization_config.schemes must be a table; got {item!r:.80}")
+    layout = _get(item, "layout", str)
+    if layout not in LAYOUTS:
+        raise CheckpointError(
+            f"quantization_config uses the layout {layout!r}, this release reads {', '.join(LAYOUTS)}; "
+            f"load it with a newer bitmend"
+        )
+    return layout, spec_from_json(item)
+
+
+def _entry_from_json(name: str, item: Any, schemes: list[tuple[str, QuantSpec]]) -> ManifestEntry:
+    if not isinstance(item, dict):
+        raise CheckpointError(f"quantization_config.modules[{name!r}] must be a table; got {item!r:.80}")
+    scheme, shape, kind = _get(item, "scheme", int), _get(item, "shape", list), _get(item, "kind", str)
+    if not 0 <= scheme < len(schemes):
+        raise CheckpointError(f"{name} uses scheme {scheme} of quantization_config, which has {len(schemes)}")
+    if len(shape) != 2 or not all(type(side) is int and side > 0 for side in shape):
+        raise CheckpointError(f"the shape of {name} in quantization_config must be [out, in]; got {shape!r:.80}")
+    if kind not in KINDS:
+        raise CheckpointError(f"{name} is of kind {kind!r} in quantization_config; known: {', '.join(KINDS)}")
+    layout, spec = schemes[scheme]
+    return ManifestEntry(spec, (shape[0], shape[1]), kind, layout)
+
+
+def _get(table: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = table.get(key)
+    if type(value) is not kind:  # exactly: in Python, True is an int
+        what = "nothing" if value is None else f"{value!r:.80}"
+        raise CheckpointError(f"quantization_config needs {key!r} to be of type {kind.__name__}; got {what}")
+    return value

@@ -1,0 +1,251 @@
+"""safetensors files, byte by byte: 8 bytes of length, a JSON header, the tensors.
+
+The `safetensors` package is used for reading tensors. This file exists because a checkpoint has to be put together
+without ever holding more than a few megabytes of it, hashed while it is written, and judged by its header alone.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from bitmend.errors import CheckpointError
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+_CHUNK_BYTES = 4 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where one tensor lies in a file.
+
+    Attributes:
+        dtype: its type.
+        shape: its shape.
+        start: first byte, counted from the start of the file.
+        stop: byte after the last one.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the tensor takes."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """How many entries the tensor has."""
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        tensors: name -> where it lies.
+        header_bytes: length, header and padding: all that is not tensor.
+        file_bytes: the whole file.
+        metadata: the free text table.
+    """
+
+    tensors: Mapping[str, TensorRecord]
+    header_bytes: int
+    file_bytes: int
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a file; no tensor is read.
+
+    Raises:
+        CheckpointError: anything but a well-formed file of exactly the announced length, without holes, overlaps or
+            names that occur twice.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise CheckpointError(
+                    f"{path} is no safetensors file, or is cut short: {file_bytes} bytes, bad header length"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    table = parse_json(text, f"the header of {path}")
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"the header of {path} has metadata that are not text")
+    start = 8 + length
+    tensors = {name: _record(path, name, item, start) for name, item in table.items()}
+    _check_contiguous(path, tensors, start, file_bytes)
+    return Header(tensors, start, file_bytes, metadata)
+
+
+def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """Return a JSON table.
+
+    Raises:
+        CheckpointError: not JSON, not a table, or a key that occurs twice; the sentence begins with `what`.
+    """
+
+    def table_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return table
+
+    try:
+        table = json.loads(text, object_pairs_hook=table_of)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{what} must be a JSON table; got {type(table).__name__}")
+    return table
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a new file. Memory: none beyond the tensors, when they are contiguous and on the host.
+
+    Raises:
+        OSError: as raised by the file system.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    with path.open("xb") as file:
+        file.write(header_text(plan, metadata))
+        for tensor in ordered.values():
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            file.write(flat.numpy().data)
+        sync(file)
+
+
+def header_text(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return length and header of a file with these tensors in this order.
+
+    Readers view the data in place, so each tensor has to start on a multiple of its element size. The plan must
+    therefore begin with the widest type; then the padding of the header to 8 bytes is all that is needed.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in plan.items():
+        record = TensorRecord(dtype, shape, 0, 0)
+        stop = offset + record.numel * dtype.itemsize
+        table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_hashed(path: Path, chunks: Iterable[bytes]) -> str:
+    """Write chunks to a new file and return its sha256.
+
+    Raises:
+        OSError: as raised by the file system.
+    """
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+        sync(file)
+    return digest.hexdigest()
+
+
+def copy_chunks(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the bytes `start:stop` of a file, a few megabytes at a time.
+
+    Raises:
+        OSError: as raised by the file system, or when the file has become shorter.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop:
+            chunk = file.read(min(_CHUNK_BYTES, stop - start))
+            if not chunk:
+                raise OSError(f"{path} has become shorter while it was read")
+            start += len(chunk)
+            yield chunk
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file. Cost: reads all of it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def sync(file: BinaryIO) -> None:
+    """Make sure that what was written is on the disk, so that a rename never shows a file without its contents."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _record(path: Path, name: str, item: Any, start: int) -> TensorRecord:
+    match item:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(first), int(last)], **rest} if not rest:
+            pass
+        case _:
+            raise CheckpointError(f"the header of {path} describes {name!r} wrongly: {item!r:.120}")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{name} in {path} has the type {dtype!r}; known: {', '.join(DTYPES)}")
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise CheckpointError(f"{name} in {path} has an impossible shape: {shape!r:.120}")
+    record = TensorRecord(DTYPES[dtype], tuple(shape), start + first, start + last)
+    if first < 0 or record.num_bytes != record.numel * record.dtype.itemsize:
+        raise CheckpointError(
+            f"{name} in {path} has {record.num_bytes} bytes, but {dtype} of shape {shape!r:.120} takes "
+            f"{record.numel * record.dtype.itemsize}"
+        )
+    return record
+
+
+def _check_contiguous(path: Path, tensors: Mapping[str, TensorRecord], start: int, file_bytes: int) -> None:
+    position = start
+    for name, record in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if record.start != position:
+            raise CheckpointError(f"{name} in {path} starts at byte {record.start} instead of {position}")
+        position = record.stop
+    if position != file_bytes:
+        raise CheckpointError(
+            f"{path} has {file_bytes} bytes, its header announces {position}; it is cut short or altered"
+        )

@@ -1,0 +1,285 @@
+"""Writes a complete model folder piece by piece, in bounded memory, so that it is either whole or not there.
+
+Work lives in `OUTPUT.partial/`: each finished block goes at once to `parts/NNNN.safetensors`, and `finish` puts the
+shards together, adds the files that make a folder a model, writes config.json last and renames the folder to OUTPUT.
+Until that rename nothing exists under the name OUTPUT (or the old OUTPUT is untouched).
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmend.errors import CheckpointError, OutputError, RequestError
+from bitmend.formats.ledger import ledger_of
+from bitmend.formats.safetensors_file import (
+    TensorRecord,
+    copy_chunks,
+    header_text,
+    parse_json,
+    read_header,
+    sync,
+    write_hashed,
+    write_tensors,
+)
+
+MAX_SHARD_BYTES = 5_000_000_000
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# What makes a folder a usable model beside its weights. A list of what is wanted, not of what is not: a source folder
+# may hold weights of any name.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "vocab.bpe", "encoder.json", "merges.txt", "bpe.codes", "*.model", "*.tiktoken", "chat_template.json",
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor in one part file."""
+
+    name: str
+    path: Path
+    record: TensorRecord
+
+
+class CheckpointWriter:
+    """Writes one output folder; see the module.
+
+    Use it as a context manager, or call `abort` when the run fails: leaving the `with` block by an error removes the
+    partial folder.
+    """
+
+    def __init__(self, source_folder: Path, output: Path, overwrite: bool = False) -> None:
+        """Check the request and make the partial folder.
+
+        Args:
+            source_folder: the model whose config.json, tokenizer and so on are taken over.
+            output: the folder to be.
+            overwrite: replace an existing OUTPUT (at the very end) and an abandoned partial folder (now).
+
+        Raises:
+            RequestError: no config.json in the source; OUTPUT or its partial folder exists without `overwrite`, or is
+                no model folder; OUTPUT and the source lie inside each other; the parent cannot be written.
+        """
+        self.source, self.output = Path(source_folder), Path(os.path.abspath(output))
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        self._names: set[str] = set()
+        self._parts: list[Path] = []
+        self._max_shard_bytes = MAX_SHARD_BYTES
+        self._check_request(overwrite)
+        self._make_partial()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None:
+            self.abort()
+
+    def add(self, name_of_part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one part (a block, or the tensors outside the blocks) to disk now.
+
+        Args:
+            name_of_part: kept in the part's metadata.
+            tensors: under their names in the final file.
+
+        Raises:
+            ValueError: a tensor name that an earlier part has used.
+            OutputError: the disk is full or fails; the partial folder is removed.
+        """
+        taken = sorted(self._names.intersection(tensors))
+        if taken:
+            raise ValueError(f"part {name_of_part!r} repeats the tensor {taken[0]!r}")
+        path = self.partial / "parts" / f"{len(self._parts):04d}.safetensors"
+        with self._removing_partial():
+            write_tensors(path, tensors, {"part": name_of_part})
+        self._names.update(tensors)
+        self._parts.append(path)
+
+    def finish(
+        self,
+        quantization_config: Mapping[str, Any] | None,
+        documents: Mapping[str, str | Mapping[str, Any]],
+        *,
+        config_changes: Mapping[str, Any] | None = None,
+        check: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Assemble the folder and rename it to OUTPUT.
+
+        Args:
+            quantization_config: goes into config.json; in bitmend's own format `files` is filled with checksums. None
+                removes the source's one.
+            documents: further files, name -> text or JSON, such as run.json and recipe.toml. ledger.json is made here.
+            config_changes: other keys of config.json to set.
+            check: called with the complete folder just before the rename; what it raises ends the write.
+
+        Returns:
+            The output folder.
+
+        Raises:
+            OutputError: the disk is full or fails; the partial folder is removed.
+
+        Cost: the tensors are on disk twice until the rename; a few megabytes of memory.
+        """
+        with self._removing_partial():
+            digests = self._write_shards()
+            config = self._final_config(quantization_config, digests, config_changes or {})
+            self._copy_companions()
+            for name, content in documents.items():
+                self._write_document(name, content)
+            headers = {name: read_header(self.partial / name) for name in digests}
+            self._write_document("ledger.json", ledger_of(headers, config, self.partial).to_json())
+            shutil.rmtree(self.partial / "parts")
+            self._write_document("config.json", config)
+            if check is not None:
+                check(self.partial)
+            self._rename()
+        return self.output
+
+    def abort(self) -> None:
+        """Remove the partial folder; OUTPUT stays as it was."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------ before the first byte
+    def _check_request(self, overwrite: bool) -> None:
+        if not (self.source / "config.json").is_file():
+            raise RequestError(f"the model folder {self.source} has no config.json")
+        source, output = self.source.resolve(), self.output.resolve()
+        if source == output or source in output.parents or output in source.parents:
+            raise RequestError(
+                f"the output {self.output} must lie outside the model folder {self.source}; choose another"
+            )
+        if self.output.exists() and not self.output.is_dir():
+            raise RequestError(f"the output {self.output} is a file; choose another name")
+        for folder in (self.output, self.partial):
+            if folder.exists() and not overwrite:
+                raise RequestError(f"{folder} exists; choose another output, or pass --overwrite to replace it")
+        # A slip of the finger must not delete somebody's home folder.
+        if self.output.exists() and any(self.output.iterdir()) and not (self.output / "config.json").is_file():
+            raise RequestError(
+                f"{self.output} is not empty and holds no model, so it is not replaced; choose another output"
+            )
+
+    def _make_partial(self) -> None:
+        try:
+            if self.partial.exists():
+                shutil.rmtree(self.partial)
+            (self.partial / "parts").mkdir(parents=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RequestError(f"the output folder {self.partial} cannot be made: {reason}; choose another") from error
+
+    # ------------------------------------------------------------------------------------------ shards
+    def _write_shards(self) -> dict[str, str]:
+        shards = list(_split(self._pieces(), self._max_shard_bytes))
+        digests, weight_map = {}, {}
+        for number, shard in enumerate(shards, start=1):
+            name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            digests[name] = write_hashed(self.partial / name, _shard_bytes(shard))
+            weight_map |= dict.fromkeys((piece.name for piece in shard), name)
+        if len(shards) > 1:
+            total = sum(piece.record.num_bytes for shard in shards for piece in shard)
+            self._write_document(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        return digests
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for path in self._parts:
+            for name, record in read_header(path).tensors.items():
+                yield _Piece(name, path, record)
+
+    # ------------------------------------------------------------------------------------------ the other files
+    def _final_config(
+        self, quantization_config: Mapping[str, Any] | None, digests: Mapping[str, str], changes: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        path = self.source / "config.json"
+        config = parse_json(path.read_bytes(), str(path))
+        config.pop("quantization_config", None)
+        config |= changes
+        if quantization_config is not None:
+            config["quantization_config"] = dict(quantization_config)
+            if "files" in quantization_config:
+                config["quantization_config"]["files"] = dict(digests)
+        return config
+
+    def _copy_companions(self) -> None:
+        for pattern in COMPANIONS:
+            for found in sorted(self.source.glob(pattern)):
+                if found.is_file():
+                    target = self.partial / found.relative_to(self.source)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(found, target)  # follows links: a hub cache holds nothing else
+
+    def _write_document(self, name: str, content: str | Mapping[str, Any]) -> None:
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        with (self.partial / name).open("wb") as file:
+            file.write(text.encode())
+            sync(file)
+
+    # ------------------------------------------------------------------------------------------ the end
+    def _rename(self) -> None:
+        if not self.output.exists():
+            self.partial.replace(self.output)
+            return
+        # A folder cannot be replaced in one step; the old one is put aside, and back when the second step fails.
+        aside = self.output.with_name(self.output.name + ".replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.output.replace(aside)
+        try:
+            self.partial.replace(self.output)
+        except OSError:
+            aside.replace(self.output)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+    @contextmanager
+    def _removing_partial(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.abort()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutputError(f"the disk of {self.output} is full; free some space and run again") from error
+            raise OutputError(f"writing {self.output} failed: {error.strerror or error}") from error
+        except Exception:
+            self.abort()
+            raise
+
+
+def _split(pieces: Iterable[_Piece], limit: int) -> Iterator[list[_Piece]]:
+    """Yield the pieces of each shard; a single tensor above the limit gets a shard of its own."""
+    shard: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        if shard and size + piece.record.num_bytes > limit:
+            yield _widest_first(shard)
+            shard, size = [], 0
+        shard.append(piece)
+        size += piece.record.num_bytes
+    if not shard:
+        raise CheckpointError("a checkpoint needs at least one tensor; no part was added")
+    yield _widest_first(shard)
+
+
+def _widest_first(shard: list[_Piece]) -> list[_Piece]:
+    return sorted(shard, key=lambda piece: -piece.record.dtype.itemsize)
+
+
+def _shard_bytes(shard: list[_Piece]) -> Iterator[bytes]:
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        piece.name: (piece.record.dtype, piece.record.shape) for piece in shard
+    }
+    yield header_text(plan, {"format": "pt"})
+    for piece in shard:
+        yield from copy_chunks(piece.path, piece.record.start, piece.record.stop)

@@ -1,0 +1,45 @@
+"""Which adapter reads a model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmend.errors import ModelError
+from bitmend.models.architecture import architecture_name, modules_found, refuse_quantised
+from bitmend.models.loading import read_config, resolve_model
+from bitmend.protocols import ADAPTERS, ModelAdapter
+
+
+def find_adapter(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> ModelAdapter:
+    """Open a local folder or a hub name with the first adapter that can read it.
+
+    An adapter says so in its class method `why_not(config)`, and opens the folder in `open`.
+
+    Raises:
+        ModelError: no adapter reads the architecture, or the model cannot be loaded.
+        CheckpointError: its files are damaged.
+    """
+    folder = resolve_model(model)
+    config = read_config(folder, trust_remote_code)
+    refuse_quantised(config, folder)
+    reasons: list[str] = []
+    for entry in ADAPTERS:
+        reason = entry.part.why_not(config)
+        if reason is None:
+            opened: Any = entry.part.open(
+                folder, dtype=dtype, device=device or torch.device("cpu"), trust_remote_code=trust_remote_code
+            )
+            adapter: ModelAdapter = opened
+            return adapter
+        reasons.append(f"{entry.name}: {reason}")
+    raise ModelError(
+        f"no adapter reads {architecture_name(config)} in {folder} ({'; '.join(reasons)}); {modules_found(config)}; "
+        "give a model of another architecture, or register an adapter for this one"
+    )

@@ -1,0 +1,263 @@
+"""Decoder language models of transformers, block by block from disk.
+
+Nothing here knows a model by name. The blocks are found by structure and by watching two tokens pass; what lies before
+and after them is run by the model's own `forward`, with the blocks passing their input on, so embeddings, masks,
+rotary tables, final norms, projections and soft caps are the model's own to the last bit.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bitmend.errors import ModelError
+from bitmend.models.architecture import architecture_name, module_lists, modules_found, refuse_quantised, why_not_causal
+from bitmend.models.detour import BlockList, Probe, ReturnForm, candidate_lists, detour, first_reached, probe
+from bitmend.models.detour import split_hidden as split
+from bitmend.models.loading import empty_model, read_config
+from bitmend.models.shards import ShardedWeights
+from bitmend.models.tensor_source import TensorSource, buffers_to, outside
+from bitmend.models.tracing import describe, trace_block
+from bitmend.protocols import ADAPTERS, BlockInputs, TokenBatch
+from bitmend.sites import Block
+
+CPU = torch.device("cpu")
+TRACE_ROWS, TRACE_TOKENS = 4, 32
+
+
+@ADAPTERS.register("hf_causal_lm")
+class HfCausalLm:
+    """Decoder language models of transformers, told apart by structure and not by name.
+
+    Attributes:
+        model: everything but the blocks is loaded; blocks are on meta until `load_block`.
+        folder: where the model comes from.
+        config: of transformers, as read from the folder.
+        dtype: of the loaded weights and of the activations.
+        device: where all of it is.
+        block_names: full paths of the blocks in the order in which they run.
+        embedding_name: path of the token embedding.
+        head_name: path of the output head; None when it is tied to the embedding.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, config: Any, source: TensorSource) -> None:
+        """Find the blocks of an empty model and load the rest; use `open` instead."""
+        self.model = model
+        self.folder = folder
+        self.config = config
+        self.dtype = source.dtype
+        self.device = source.device
+        self._source = source
+        self._blocks = self._load_outside()
+        self.block_names = self._blocks.names
+        self._form = self._probe()
+        self.embedding_name = self._path_of("get_input_embeddings") or ""
+        head = self._path_of("get_output_embeddings")
+        self.head_name = None if head is None or f"{head}.weight" in source.ties else head
+
+    @classmethod
+    def why_not(cls, config: Any) -> str | None:
+        """Return why this adapter cannot read a model of `config`, or None when it may try."""
+        return why_not_causal(config)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
+        trust_remote_code: bool = False,
+    ) -> "HfCausalLm":
+        """Open a model folder and load what lies outside the blocks.
+
+        Args:
+            folder: with config.json and weights.
+            dtype: None for the model's own: that of the config, else that of the stored tensors.
+            device: where to compute.
+            trust_remote_code: allow code that comes with the model.
+
+        Raises:
+            ModelError: the folder is incomplete, quantised already, or of an architecture that this adapter cannot read.
+            CheckpointError: the files are damaged or do not belong to the config.
+        """
+        config = read_config(folder, trust_remote_code)
+        refuse_quantised(config, folder)
+        reason = cls.why_not(config)
+        if reason is not None:
+            raise ModelError(
+                f"{folder} holds {architecture_name(config)}, and {reason}; {modules_found(config)}; "
+                "give a decoder language model"
+            )
+        weights = ShardedWeights(folder)
+        dtype = dtype or _own_dtype(config) or weights.floating_dtype
+        model = empty_model(config, dtype, trust_remote_code)
+        buffers_to(model, device)
+        return cls(model, folder, config, TensorSource(model, weights, dtype=dtype, device=device))
+
+    # ------------------------------------------------------------------------------------------ weights
+    def load_block(self, index: int) -> nn.Module:
+        """Read one block's tensors from the checkpoint and return the block."""
+        prefix = f"{self.block_names[index]}."
+        self._source.fill(name for name in self._source.names if name.startswith(prefix))
+        return self.block(index)
+
+    def release_block(self, index: int) -> None:
+        """Forget one block's tensors."""
+        self._source.clear(self.block(index))
+
+    def block(self, index: int) -> nn.Module:
+        """Return the block as it stands, loaded or not."""
+        return self.model.get_submodule(self.block_names[index])
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """Return what a loaded block holds, under the names of the whole model."""
+        prefix = f"{self.block_names[index]}."
+        return {prefix + name: tensor for name, tensor in self.block(index).state_dict().items()}
+
+    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what lies outside the blocks as it stands, a tied head once, under the names to save it by."""
+        held = self.model.state_dict(keep_vars=True)
+        for name in outside(held, self.block_names):
+            followed = self._source.ties.get(name)
+            if followed is None or held[name] is not held[followed]:
+                yield name, held[name].detach()
+
+    # ------------------------------------------------------------------------------------------ running
+    @torch.no_grad()
+    def block_inputs(self, batch: TokenBatch) -> BlockInputs:
+        """Run everything before the first block and note with what each block is called."""
+        hidden: list[Tensor] = []
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            del index
+            passed, rest, options = split(args, kwargs)
+            hidden.append(passed)
+            arguments.append((rest, options))
+            return self._form.wrap(passed)
+
+        with self._detour(record):
+            getattr(self.model, "base_model", self.model)(**self._call(batch))
+        return BlockInputs(hidden[0], tuple(arguments))
+
+    @torch.no_grad()
+    def run_block(
+        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch sequence features"]:
+        """Run one loaded block."""
+        return self.forward_block(index, hidden, inputs)
+
+    def forward_block(
+        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch sequence features"]:
+        """Run one loaded block with gradients, if they are on."""
+        args, kwargs = inputs.arguments[index]
+        return ReturnForm.unwrap(self.block(index)(hidden, *args, **kwargs))
+
+    @torch.no_grad()
+    def logits(
+        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
+    ) -> Float[Tensor, "batch sequence vocabulary"]:
+        """Run everything after the last block."""
+        last = len(self.block_names) - 1
+
+        def replace(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._form.wrap(hidden if index == last else split(args, kwargs)[0])
+
+        with self._detour(replace):
+            logits: Tensor = self.model(**self._call(batch)).logits
+        return logits
+
+    def describe_block(self, index: int, batch: TokenBatch) -> Block:
+        """Run a few tokens through a loaded block and return its sites in execution order."""
+        mask = None if batch.mask is None else batch.mask[:TRACE_ROWS, :TRACE_TOKENS]
+        few = TokenBatch(batch.ids[:TRACE_ROWS, :TRACE_TOKENS], mask)
+        inputs = self.block_inputs(few)
+        block = self.block(index)
+        trace = trace_block(block, lambda: self.run_block(index, inputs.hidden, inputs))
+        return describe(self.block_names[index], index, block, trace)
+
+    # ------------------------------------------------------------------------------------------ opening
+    def _load_outside(self) -> BlockList:
+        """Load all but the blocks and return the blocks."""
+        candidates = candidate_lists(self.model)
+        inside = [one.name for one in candidates]
+        self._source.fill(outside(self._source.names, inside))
+        self._source.tie()
+        found = first_reached(candidates, self._two_rows)
+        if found is None:
+            raise ModelError(
+                f"{self._what()} has no module list whose members are of one class, hold linear layers and run in the "
+                f"forward; found {module_lists(self.model)}; this architecture needs an adapter of its own"
+            )
+        others = [name for name in inside if name != found.name]
+        self._source.fill(name for name in self._source.names if name.startswith(tuple(f"{one}." for one in others)))
+        return found
+
+    def _probe(self) -> ReturnForm:
+        """Watch a few tokens pass and refuse what cannot be replayed block by block."""
+        self.load_block(0)
+        try:
+            seen = probe(self._blocks.blocks, self._two_rows)
+        finally:
+            self.release_block(0)
+        count = len(self._blocks.blocks)
+        if seen.order != tuple(range(count)):
+            raise ModelError(
+                f"the {count} blocks of {self._what()} ({self._blocks.name}) run in the order {list(seen.order)}, need "
+                "each once and in turn; this architecture needs an adapter of its own"
+            )
+        self._refuse_two_sided(seen)
+        return seen.form
+
+    def _refuse_two_sided(self, seen: Probe) -> None:
+        # The two rows differ in their second token only, so a causal block cannot tell them apart at the first.
+        one, other = seen.first_output.float()[:, 0]
+        if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):
+            raise ModelError(
+                f"{self._what()} looks at later tokens, need a decoder that attends to the past only; "
+                f"found {module_lists(self.model)}; give a decoder language model"
+            )
+
+    @torch.no_grad()
+    def _two_rows(self) -> Any:
+        ids = torch.tensor([[1, 1], [1, 2]], device=self.device)
+        try:
+            return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"{self._what()} could not run on two tokens ({type(error).__name__}: {reason}); found "
+                f"{module_lists(self.model)}; this architecture needs an adapter of its own"
+            ) from error
+
+    # ------------------------------------------------------------------------------------------ small parts
+    def _detour(self, forward: Any) -> Any:
+        return detour([self.block(index) for index in range(len(self.block_names))], forward)
+
+    def _call(self, batch: TokenBatch) -> dict[str, Any]:
+        call: dict[str, Any] = {"input_ids": batch.ids.to(self.device), "use_cache": False}
+        if batch.mask is not None:
+            call["attention_mask"] = batch.mask.to(self.device, torch.long)
+        return call
+
+    def _path_of(self, getter: str) -> str | None:
+        module = getattr(self.model, getter)()
+        return next((name for name, part in self.model.named_modules() if part is module), None)
+
+    def _what(self) -> str:
+        return f"{type(self.model).__name__} in {self.folder}"
+
+
+def _own_dtype(config: Any) -> torch.dtype | None:
+    for one in (config, config.get_text_config()):
+        dtype = getattr(one, "dtype", None)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None

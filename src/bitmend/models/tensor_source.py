@@ -1,0 +1,184 @@
+"""Which stored tensor belongs to which place of a model, and how it gets there and away again."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from bitmend.errors import CheckpointError, ModelError
+from bitmend.models.shards import ShardedWeights
+
+SHOWN = 4
+
+
+class TensorSource:
+    """Fills the places of one model from its files.
+
+    Names are those of the model's own `state_dict`. Files may lack the prefix of the base model (`transformer.` of
+    GPT-2), have it where the model does not, use names from before a renaming in transformers, or leave out tied
+    tensors.
+
+    Attributes:
+        names: all places to fill, in the order of the model; tied ones that follow another place are left out.
+        ties: tied place -> the place that it follows.
+    """
+
+    def __init__(self, model: nn.Module, weights: ShardedWeights, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Match the names.
+
+        Raises:
+            ModelError: tensors are missing from the files.
+            CheckpointError: a stored tensor has another shape than its place.
+        """
+        self.model = model
+        self.weights = weights
+        self.dtype = dtype
+        self.device = device
+        self._wide = _kept_in_float32(model, dtype)
+        places = {name: place for name, place in model.state_dict().items() if isinstance(place, Tensor)}
+        self._stored = self._match(places)
+        self.ties = self._find_ties(places)
+        self.names = tuple(name for name in places if name not in self.ties)
+        self._refuse_missing()
+        self._refuse_shapes(places)
+
+    def stored_name(self, name: str) -> str:
+        """Return the name under which the files hold the tensor of a place."""
+        return self._stored[self.ties.get(name, name)]
+
+    def fill(self, names: Iterable[str]) -> None:
+        """Read tensors from the files and put them in their places."""
+        for name in names:
+            self._put(name, self._read(name))
+
+    def tie(self) -> None:
+        """Make each tied place hold the very parameter that it follows."""
+        for target, source in self.ties.items():
+            parent, _, leaf = target.rpartition(".")
+            self.model.get_submodule(parent)._parameters[leaf] = self.model.get_parameter(source)
+
+    def clear(self, module: nn.Module) -> None:
+        """Send the parameters of `module` back to meta."""
+        for part in module.modules():
+            for leaf, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.weights.get(self._stored[name])
+        dtype = self._dtype_of(name) if tensor.is_floating_point() else tensor.dtype
+        # Always a copy: what was read may lie in the mapped file, and blocks are changed in place later.
+        return tensor.to(device=self.device, dtype=dtype, copy=True)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        parent, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if any(pattern.search(name) for pattern in self._wide) else self.dtype
+
+    def _match(self, places: Iterable[str]) -> dict[str, str]:
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        present = {key: key for key in self.weights.names()}
+        matched: dict[str, str] = {}
+        for attempt in (lambda: present, lambda: _renamed(self.model, present)):
+            open_places = [name for name in places if name not in matched]
+            table = attempt() if open_places else {}
+            for name in open_places:
+                alike = (name, name.removeprefix(prefix), prefix + name)
+                found = next((table[key] for key in alike if key in table), None)
+                if found is not None:
+                    matched[name] = found
+        return matched
+
+    def _find_ties(self, places: dict[str, Tensor]) -> dict[str, str]:
+        declared: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        ties = {}
+        for target, source in declared.items():
+            if target not in places or source not in places:
+                continue
+            if source not in self._stored and target in self._stored:
+                self._stored[source] = self._stored[target]
+            # A head that was trained apart although the config says tied: what the files hold wins, as in transformers.
+            if target not in self._stored or self._same(target, source):
+                ties[target] = source
+        return ties
+
+    def _same(self, target: str, source: str) -> bool:
+        one, other = self._stored[target], self._stored[source]
+        if one == other:
+            return True
+        return self.weights.shape(one) == self.weights.shape(other) and torch.equal(
+            self.weights.get(one), self.weights.get(other)
+        )
+
+    def _refuse_missing(self) -> None:
+        missing = [name for name in self.names if name not in self._stored]
+        if not missing:
+            return
+        used = set(self._stored.values())
+        spare = [name for name in self.weights.names() if name not in used]
+        held = f"; tensors of unknown use: {_some(spare)}" if spare else ""
+        raise ModelError(
+            f"{self.weights.folder} lacks {len(missing)} of the {len(self.names)} tensors that "
+            f"{type(self.model).__name__} needs: {_some(missing)}{held}; give the complete model, "
+            "saved by save_pretrained of a recent transformers"
+        )
+
+    def _refuse_shapes(self, places: dict[str, Tensor]) -> None:
+        for name in self.names:
+            found, needed = self.weights.shape(self._stored[name]), tuple(places[name].shape)
+            if found != needed:
+                raise CheckpointError(
+                    f"tensor {self._stored[name]} in {self.weights.folder} has shape {found}, need {needed} by the "
+                    "config; give the config.json that belongs to these weights"
+                )
+
+
+def _renamed(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Return today's name -> stored name, for models whose modules have been renamed since they were stored."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    table = {}
+    for key in keys:
+        name = key
+        for step in renamings:
+            name, _ = step.rename_source_key(name)
+        table[name] = key
+    return table
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> tuple[re.Pattern[str], ...]:
+    # The model classes say which modules must not be narrowed; what they say is a part of a name, with * for anything.
+    parts: list[str] = []
+    if dtype == torch.float16:
+        parts += getattr(model, "_keep_in_fp32_modules", None) or []
+    if dtype in (torch.float16, torch.bfloat16):
+        parts += getattr(model, "_keep_in_fp32_modules_strict", None) or []
+    return tuple(re.compile(part.replace("*", ".*")) for part in parts)
+
+
+def buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move every buffer of the model, which is all that is real in a skeleton."""
+    for part in model.modules():
+        for leaf, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[leaf] = buffer.to(device)
+
+
+def outside(names: Iterable[str], modules: Iterable[str]) -> Iterator[str]:
+    """Yield the names that lie in none of the modules."""
+    prefixes = tuple(f"{module}." for module in modules)
+    return (name for name in names if not name.startswith(prefixes))

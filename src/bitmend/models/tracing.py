@@ -1,0 +1,181 @@
+"""Which layers of a block read the same input, in which order, and from which norm: found out by running it.
+
+Two tensors are one input when they are the same values in the same memory. Looking at objects alone would tell
+`x` from `x.view(...)`; looking at memory alone would miss that it was overwritten in between.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bitmend.sites import LAYER_VIEWS, Block, LinearSite, SiteGroup, layer_kind
+
+Identity = tuple[int, int, int, int, int]
+
+
+def identity(tensor: Tensor) -> Identity:
+    """Return a key that is equal for two living tensors exactly when they hold the same values in the same memory."""
+    width = tensor.shape[-1] if tensor.ndim else 1
+    memory = tensor.untyped_storage()._cdata
+    return (memory, tensor.storage_offset(), tensor.numel(), width, tensor._version)
+
+
+@dataclass
+class Trace:
+    """What happened while a block ran.
+
+    Attributes:
+        inputs: site path -> the inputs of its calls; in the order of first calls.
+        norms: what a norm returned -> its path and the time.
+        reads: memory -> times at which something other than a site or a norm read it.
+        alive: every tensor seen, so that no memory is used twice.
+    """
+
+    inputs: dict[str, list[Identity]] = field(default_factory=dict)
+    norms: dict[Identity, tuple[str, int]] = field(default_factory=dict)
+    reads: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    alive: list[Tensor] = field(default_factory=list)
+    clock: int = 0
+    inside: int = 0
+
+    def norm_of(self, source: Identity) -> str | None:
+        """Return the norm that made this input for the traced sites and for nobody else."""
+        path, made = self.norms.get(source, (None, 0))
+        if path is None or any(when > made for when in self.reads[source[0]]):
+            return None
+        return path
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm over features, with at most one scale per feature."""
+    if "Norm" not in type(module).__name__ or any(layer_kind(part) is not None for part in module.modules()):
+        return False
+    weight = getattr(module, "weight", None)
+    return weight is None or weight.ndim == 1
+
+
+class _Reads(TorchDispatchMode):
+    """Notes every tensor that is read outside sites and norms."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        trace = self.trace
+        trace.clock += 1
+        if not trace.inside and not func.is_view:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                    trace.alive.append(leaf)
+                    trace.reads[leaf.untyped_storage()._cdata].append(trace.clock)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _hooked(block: nn.Module, trace: Trace) -> Iterator[None]:
+    with ExitStack() as hooks:
+        for path, module in block.named_modules():
+            kind = layer_kind(module)
+            if kind is None and not is_norm(module):
+                continue
+            enter, leave = _site_hooks(trace, path) if kind is not None else _norm_hooks(trace, path)
+            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+def _site_hooks(trace: Trace, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        tensor = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        trace.alive.append(tensor)
+        trace.inputs.setdefault(path, []).append(identity(tensor))
+        trace.inside += 1
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        del module, args, output
+        trace.inside -= 1
+
+    return enter, leave
+
+
+def _norm_hooks(trace: Trace, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        del module, args, kwargs
+        trace.inside += 1
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        trace.inside -= 1
+        if isinstance(output, Tensor):
+            trace.alive.append(output)
+            trace.norms.setdefault(identity(output), (path, trace.clock))  # the innermost, which holds the scale
+
+    return enter, leave
+
+
+def trace_block(block: nn.Module, run: Callable[[], Any]) -> Trace:
+    """Call `run`, which runs the block, and return what was seen."""
+    trace = Trace()
+    with torch.no_grad(), _hooked(block, trace), _Reads(trace):
+        output = run()
+    # What the block returns is read by the next one.
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            trace.reads[leaf.untyped_storage()._cdata].append(trace.clock + 1)
+    return trace
+
+
+def describe(name: str, index: int, block: nn.Module, trace: Trace) -> Block:
+    """Turn a trace into typed facts."""
+    grouped: dict[tuple[Identity, ...], list[str]] = {}
+    for path, sources in trace.inputs.items():
+        # A layer that runs twice has two inputs and shares its moments only with one that has the same two.
+        grouped.setdefault(tuple(sources), []).append(path)
+    groups = tuple(
+        SiteGroup(
+            name=group_name(paths),
+            sites=tuple(_site(name, path, block) for path in paths),
+            norm=trace.norm_of(sources[0]) if len(sources) == 1 else None,
+        )
+        for sources, paths in grouped.items()
+    )
+    return Block(name, index, block, groups, tuple(_unread(block, trace)))
+
+
+def _site(name: str, path: str, block: nn.Module) -> LinearSite:
+    module = block.get_submodule(path)
+    kind = layer_kind(module)
+    assert kind is not None  # only sites are traced
+    rows, columns = LAYER_VIEWS[kind].read(module).shape
+    return LinearSite(f"{name}.{path}", path, kind, (rows, columns))
+
+
+def group_name(paths: list[str]) -> str:
+    """Return paths with their common parents once: `self_attn.{q_proj,k_proj,v_proj}`."""
+    leaves: dict[str, list[str]] = {}
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        leaves.setdefault(parent, []).append(leaf)
+    return "+".join(
+        (f"{parent}." if parent else "") + (names[0] if len(names) == 1 else "{" + ",".join(names) + "}")
+        for parent, names in leaves.items()
+    )
+
+
+def _unread(block: nn.Module, trace: Trace) -> Iterator[str]:
+    """Yield layers with a matrix of weights that no traced site accounts for, such as packed experts."""
+    for path, module in block.named_modules():
+        if path in trace.inputs or isinstance(module, nn.Embedding):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                yield path if leaf == "weight" else f"{path}.{leaf}".removeprefix(".")

@@ -1,0 +1,95 @@
+"""A linear layer whose weight stays packed in memory; also stands for GPT-2's transposed `Conv1D`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.runtime.dispatch import linear_kernel
+from bitmend.runtime.packed import SCALE, PackedWeight, fill_packed_, pack, packed_of, register_packed
+
+
+class QuantLinear(nn.Module):
+    """`y = x W^T + b` with a packed W of shape (out, in).
+
+    The constructor makes uninitialised buffers, to be filled by a loader; `from_qtensor` makes a finished layer.
+
+    Attributes:
+        weight_packed: the codes, int32 (out, ceil(in * bits / 32)).
+        weight_scale: the scales in the type in which they are stored, (out or 1, groups).
+        weight_zero_point: packed zero points, int32 (ceil(rows * bits / 32), groups); asymmetric grids only.
+        bias: (out,) or None.
+        spec: how to read the weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        device = None if device is None else torch.device(device)
+        register_packed(self, self.shape, spec, device)
+        # The bias is a parameter, not a buffer, so that a model without norms still has one that tells its dtype.
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+
+    @classmethod
+    def from_qtensor(cls, qtensor: QTensor, bias: Float[Tensor, " out"] | None = None) -> "QuantLinear":
+        """Return a layer that holds `qtensor`, packed."""
+        out_features, in_features = qtensor.codes.shape
+        layer = cls(in_features, out_features, qtensor.spec, device="meta")
+        fill_packed_(layer, pack(qtensor))
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, as a view of the buffers."""
+        return packed_of(self, self.shape, self.spec)
+
+    def forward(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return the layer's output in the dtype of `inputs`."""
+        packed = self.packed
+        return linear_kernel(packed.words.device, self.spec)(inputs, packed, self.bias)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """Return the weight as a plain matrix."""
+        return self.packed.dequantize(dtype)
+
+    def extra_repr(self) -> str:
+        sides = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sides}, {self.spec}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return apply_keeping_scale(self, super()._apply, fn, recurse)
+
+
+def apply_keeping_scale(
+    module: nn.Module, apply: Callable[..., Any], fn: Callable[[Tensor], Tensor], recurse: bool
+) -> Any:
+    """Run `nn.Module._apply` so that scales follow to another device but never to another dtype.
+
+    `model.to(torch.bfloat16)` would otherwise round them, and the weights with them, for good.
+    """
+    scale = module.get_buffer(SCALE)
+    result = apply(fn, recurse)
+    moved = module.get_buffer(SCALE)
+    if moved.dtype != scale.dtype:
+        module.register_buffer(SCALE, scale.to(moved.device))
+    return result

@@ -1,0 +1,22 @@
+import pytest
+
+from bitmend import errors
+
+
+def test_exit_codes_tell_a_wrong_request_from_a_failed_run():
+    assert errors.QuantizationError.exit_code == 1
+    assert errors.NumericsError.exit_code == 1
+    assert errors.RecipeError.exit_code == 2
+    assert errors.CheckpointError.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "text"),
+    [
+        ("gtpq", ["gptq", "rtn"], "; did you mean 'gptq'?"),
+        ("zzz", ["gptq", "rtn"], "; known: gptq, rtn"),
+        ("zzz", [], "; none is registered"),
+    ],
+)
+def test_the_nearest_name_is_offered(name, known, text):
+    assert errors.nearest_name(name, known) == text
