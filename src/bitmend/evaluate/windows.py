@@ -77,7 +77,7 @@ def read_windows(path: Path, tokenizer: Any, *, windows: int | None, window_leng
     available = len(stream) // window_length
     if available == 0:
         raise RequestError(
-            f"{path}: at least one window of {window_length} tokens is required, but the text has {len(stream)} tokens; "
+            f"{path}: at least one window of {window_length} tokens is required, but the text has {len(stream)}; "
             "give a longer text or a smaller --window-length"
         )
     count = available if windows is None else min(windows, available)

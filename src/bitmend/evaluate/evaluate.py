@@ -1,0 +1,179 @@
+"""Score language models on texts: perplexity, and agreement with a reference.
+
+Networks run in float32 unless asked otherwise. bfloat16 is too coarse to judge good repairs by: on the books model the
+same network in bfloat16 is 9e-5 nats a token from itself in float32 (half of it from rounding the logits alone), while
+the float32 computation here is good to about 1e-7.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from bitmend.errors import RequestError
+from bitmend.evaluate.agreement import kl_divergence, summarise, top1_agreement
+from bitmend.evaluate.load import LoadedModel, check_context, load_model
+from bitmend.evaluate.perplexity import negative_log_likelihood, perplexity
+from bitmend.evaluate.reference import Reference, ReferenceLogits, check_same_tokens, run_model
+from bitmend.evaluate.reference_cache import ReferenceCache, default_folder
+from bitmend.evaluate.results import EvaluationReport, ModelResult, TextResult
+from bitmend.evaluate.windows import TokenWindows, read_windows
+from bitmend.protocols import Progress, SilentProgress
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is the same for all models."""
+
+    texts: tuple[Path, ...]
+    windows: int | None
+    window_length: int
+    batch_size: int
+    progress: Progress
+
+    def read(self, text: Path, tokenizer: object) -> TokenWindows:
+        return read_windows(text, tokenizer, windows=self.windows, window_length=self.window_length)
+
+
+def evaluate(
+    models: Sequence[Path | str | LoadedModel],
+    *,
+    texts: Sequence[Path | str],
+    reference: Path | str | LoadedModel | None = None,
+    windows: int | None = 160,
+    window_length: int = 512,
+    batch_size: int = 8,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+    cache_dir: Path | None = None,
+) -> EvaluationReport:
+    """Score each model on the first windows of each text.
+
+    Each window is scored by itself: position i predicts token i + 1, so that a window of L tokens gives L - 1 losses
+    for the perplexity, while all L next-token distributions are compared with the reference's.
+
+    Args:
+        models: folders, hub names, or models in memory; one at a time is loaded.
+        texts: UTF-8 files.
+        reference: what `kl` and `top1_agreement` are taken against; None leaves them out.
+        windows: how many windows of each text, at most; None for all.
+        window_length: tokens in a window.
+        batch_size: windows that run at once.
+        device: where networks from folders run; a model in memory runs where it is.
+        dtype: of activations and unquantised weights of models from folders.
+        progress: shown while it works; None for nothing.
+        cache_dir: where the reference's hidden states are kept for later evaluations (at most 4 GB); None for
+            `$BITMEND_CACHE`, `$XDG_CACHE_HOME/bitmend` or `~/.cache/bitmend`.
+
+    Raises:
+        RequestError: a number out of range, a text missing or too short, windows longer than a model's context, or
+            tokenizers that differ from the reference's.
+        ModelError: no such model.
+        CheckpointError: a checkpoint that cannot be trusted to be what its config says.
+        NumericsError: a model gives NaN or infinity.
+
+    Cost: one forward pass of each model and, unless cached, of the reference; memory of one batch of logits of both
+    (2 x batch x window x vocabulary numbers) and of the reference's final hidden states.
+    """
+    if not models or not texts or batch_size < 1:
+        raise RequestError(
+            f"evaluate: at least one model, one text and a batch of one are required, but {len(models)} models, "
+            f"{len(texts)} texts and a batch of {batch_size} came; give what is missing"
+        )
+    shown = progress or SilentProgress()
+    settings = _Settings(tuple(map(Path, texts)), windows, window_length, batch_size, shown)
+    compared: Reference | None = None
+    answers: list[tuple[TokenWindows, ReferenceLogits]] = []
+    if reference is not None:
+        cache = ReferenceCache(cache_dir or default_folder(), shown.say)
+        compared = Reference(reference, device=device, dtype=dtype, cache=cache, progress=shown)
+        answers = _ask_reference(compared, settings)
+    results = []
+    for source in models:
+        model = source if isinstance(source, LoadedModel) else load_model(source, device, dtype)
+        results.append(_score_model(model, settings, compared, answers))
+        del model  # before the next one is loaded
+    name = None if compared is None else compared.name
+    return EvaluationReport(tuple(results), name, str(dtype).removeprefix("torch."), str(device))
+
+
+def _ask_reference(reference: Reference, settings: _Settings) -> list[tuple[TokenWindows, ReferenceLogits]]:
+    answers = []
+    for text in settings.texts:
+        windows = settings.read(text, reference.tokenizer)
+        answers.append((windows, reference.logits(windows, settings.batch_size)))
+    reference.release()
+    return answers
+
+
+def _score_model(
+    model: LoadedModel,
+    settings: _Settings,
+    reference: Reference | None,
+    answers: list[tuple[TokenWindows, ReferenceLogits]],
+) -> ModelResult:
+    if model.model.training:
+        raise RequestError(f"{model.name}: a model in evaluation mode is required, but it is training; call .eval()")
+    check_context(model, settings.window_length)
+    scored = []
+    for position, text in enumerate(settings.texts):
+        windows = settings.read(text, model.tokenizer)
+        if settings.windows is not None and len(windows.ids) < settings.windows:
+            settings.progress.say(f"{text}: {settings.windows} windows were asked for, it holds {len(windows.ids)}")
+        expected: ReferenceLogits | None = None
+        if reference is not None:
+            tokens, expected = answers[position]
+            check_same_tokens(tokens, windows, reference.name, model.name)
+        scored.append(_score_text(model, windows, expected, settings))
+    return ModelResult(model.name, tuple(scored))
+
+
+def _score_text(
+    model: LoadedModel, windows: TokenWindows, reference: ReferenceLogits | None, settings: _Settings
+) -> TextResult:
+    started = time.perf_counter()
+    losses, kl, agrees = [], [], []
+    slices = list(windows.batches(settings.batch_size))
+    for chunk in settings.progress.track(slices, f"{model.name} on {windows.file}", len(slices)):
+        ids = windows.ids[chunk]
+        logits = run_model(model, ids)
+        losses.append(_window_losses(logits, ids))
+        if reference is not None:
+            if reference.vocabulary != logits.shape[-1]:
+                raise RequestError(
+                    f"{model.name}: the reference's vocabulary of {reference.vocabulary} words is required, but the "
+                    f"model has {logits.shape[-1]}; compare a model with the one it was made from"
+                )
+            wanted, given = reference.batch(chunk).to(logits.device).flatten(0, 1), logits.flatten(0, 1)
+            kl.append(kl_divergence(wanted, given).reshape(ids.shape).cpu())
+            agrees.append(top1_agreement(wanted, given).reshape(ids.shape).cpu())
+    loss = torch.cat(losses)
+    agreement = summarise(torch.cat(kl), torch.cat(agrees)) if kl else None
+    return TextResult(
+        file=windows.file,
+        windows=len(windows.ids),
+        window_length=windows.ids.shape[1],
+        perplexity=perplexity(loss),
+        kl=agreement and agreement.kl,
+        top1_agreement=agreement and agreement.top1_agreement,
+        kl_standard_error=agreement and agreement.kl_standard_error,
+        kl_p90=agreement and agreement.kl_p90,
+        kl_p99=agreement and agreement.kl_p99,
+        kl_p999=agreement and agreement.kl_p999,
+        cross_entropy=float(loss.double().mean()),
+        tokens=windows.ids.numel(),
+        tokens_sha256=windows.sha256,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _window_losses(
+    logits: Float[Tensor, "window token vocabulary"], ids: Int64[Tensor, "window token"]
+) -> Float[Tensor, " prediction"]:
+    targets = ids[:, 1:].to(logits.device)
+    return negative_log_likelihood(logits[:, :-1].flatten(0, 1), targets.flatten()).cpu()

@@ -1,0 +1,84 @@
+"""What an evaluation found, as plain values."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """One model on one text.
+
+    Attributes:
+        file: the text.
+        windows: how many windows were scored.
+        window_length: tokens in a window.
+        perplexity: exp of `cross_entropy`.
+        kl: mean KL(reference || model) of all next-token distributions, nats a token; None without a reference, as
+            all further fields of the comparison.
+        top1_agreement: share of the tokens after which both rank the same word first.
+        kl_standard_error: of `kl`, windows taken as independent.
+        kl_p90, kl_p99, kl_p999: quantiles over tokens, nats.
+        cross_entropy: mean of -log p of the predicted tokens, nats.
+        tokens: how many distributions were compared; one a window fewer are predictions of a known token.
+        tokens_sha256: of the token numbers and the window length.
+        seconds: wall time of scoring, the reference's part included where it runs beside the model.
+    """
+
+    file: str
+    windows: int
+    window_length: int
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    kl_standard_error: float | None
+    kl_p90: float | None
+    kl_p99: float | None
+    kl_p999: float | None
+    cross_entropy: float
+    tokens: int
+    tokens_sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model on all texts."""
+
+    model: str
+    texts: tuple[TextResult, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All models on all texts.
+
+    Attributes:
+        models: in the order in which they were given.
+        reference: what they were compared with.
+        dtype: of activations and unquantised weights, for example `float32`.
+        device: where the networks ran.
+    """
+
+    models: tuple[ModelResult, ...]
+    reference: str | None
+    dtype: str
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values; a number beyond a float (an infinite perplexity) becomes None."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text: `{"models": [{"model": ..., "texts": [{"file": ..., ...}]}], ...}`."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
