@@ -18,6 +18,13 @@ from bitmend import assets
 
 LENGTH = 256  # tokens in a row
 
+KEYS = {
+    "weights.bits": 3,
+    "weights.group_size": -1,  # one scale per output channel: no other size divides both 64 and 172, save 1, 2 and 4
+    "calibration.sequences": 32,
+    "calibration.sequence_length": LENGTH,
+}
+
 
 def write_samples(folder: Path, output: Path, rows: int, seed: int) -> Path:
     """Write `rows` stories of the model itself to a text file."""
@@ -39,16 +46,7 @@ def main() -> None:
         fit = write_samples(model, work / "fit.txt", rows=40, seed=1)
         report_on = write_samples(model, work / "report.txt", rows=24, seed=2)
         for solver in ("rtn", "gptq"):
-            bitmend.quantize(
-                model,
-                solver,
-                [fit],
-                output=work / solver,
-                bits=3,
-                group_size=-1,  # one scale per output channel: no other size divides both 64 and 172, save 1, 2 and 4
-                sequences=32,
-                sequence_length=LENGTH,
-            )
+            bitmend.quantize(model, solver, [fit], output=work / solver, overrides=KEYS)
         report = bitmend.evaluate(
             [work / "rtn", work / "gptq"], texts=[report_on], reference=model, windows=16, window_length=LENGTH
         )

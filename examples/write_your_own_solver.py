@@ -24,6 +24,13 @@ from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QTensor, quantize
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
+KEYS = {
+    "weights.bits": 3,
+    "weights.group_size": -1,  # one scale per output channel
+    "calibration.sequences": 32,
+    "calibration.sequence_length": 256,
+}
+
 
 @SOLVERS.register("coordinate")
 @dataclass(frozen=True)
@@ -56,16 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         for solver in ("rtn", "coordinate"):
-            bitmend.quantize(
-                model,
-                solver,
-                [fit],
-                output=work / solver,
-                bits=3,
-                group_size=-1,
-                sequences=32,
-                sequence_length=256,
-            )
+            bitmend.quantize(model, solver, [fit], output=work / solver, overrides=KEYS)
         report = bitmend.evaluate(
             [work / "rtn", work / "coordinate"], texts=[report_on], reference=model, windows=16, window_length=256
         )

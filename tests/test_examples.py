@@ -41,7 +41,7 @@ def test_example_prints_what_it_promises(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(path)],
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "BITMEND_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         timeout=180,

@@ -70,7 +70,7 @@ def test_blocks_run_in_order(tmp_path):
         done = subprocess.run(
             block.command(),
             cwd=tmp_path,
-            env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "BITMEND_CACHE": str(tmp_path / "cache")},
             capture_output=True,
             text=True,
             timeout=300,

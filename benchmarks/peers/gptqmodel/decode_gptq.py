@@ -102,7 +102,7 @@ def main():
     keys = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
     save_file(flat, options.output, metadata={key: json.dumps(config.get(key)) for key in keys})
     if options.original:
-        original, _ = {}, None
+        original = {}
         for file in sorted(options.original.glob("*.safetensors")):
             original.update(load_file(file))
         for name, part in modules.items():

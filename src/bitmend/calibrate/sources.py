@@ -7,8 +7,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -342,7 +343,7 @@ def _pieces(path: Path, seed: int, line_limit: int) -> Iterator[tuple[int, bytes
             yield offset, raw, 1 / len(starts)
 
 
-def _read_piece(file: BinaryIO, start: int, stop: int, line_limit: int) -> tuple[int, bytes]:
+def _read_piece(file: BufferedIOBase, start: int, stop: int, line_limit: int) -> tuple[int, bytes]:
     """Return the lines that begin in `start..stop` and their byte offset, so that pieces hold each line once.
 
     Where no line ends within `line_limit` bytes (-1: no limit), the cut falls between two characters instead.
@@ -350,21 +351,25 @@ def _read_piece(file: BinaryIO, start: int, stop: int, line_limit: int) -> tuple
     offset = start
     if start > 0:
         file.seek(start - 1)
-        skipped = file.readline(line_limit)
-        if skipped.endswith(b"\n") or line_limit < 0:
-            offset = start - 1 + len(skipped)
+        skipped = _rest_of_line(file, line_limit)
+        offset = start - 1 + len(skipped) if skipped else start
     if offset >= stop:
         return offset, b""
     file.seek(offset)
     raw = file.read(stop - offset)
     if not raw.endswith(b"\n"):
         # One byte less than where the next piece looks, which begins a byte earlier: both must see the same line end.
-        rest = file.readline(line_limit - 1)
-        raw += rest if rest.endswith(b"\n") or line_limit < 0 else b""
+        raw += _rest_of_line(file, line_limit - 1)
     if offset == start > 0:
         cut = len(raw) - len(raw.lstrip(_CONTINUATION))
         offset, raw = offset + cut, raw[cut:]
     return offset, raw if line_limit < 0 else without_cut_character(raw)
+
+
+def _rest_of_line(file: BufferedIOBase, limit: int) -> bytes:
+    """Return the bytes up to the next line end or the end of the file; none when it is more than `limit` bytes off."""
+    line = file.readline(limit)
+    return line if limit < 0 or len(line) < limit or line.endswith(b"\n") else b""
 
 
 _CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a UTF-8 character after its first

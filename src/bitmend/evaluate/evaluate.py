@@ -7,21 +7,23 @@ the float32 computation here is good to about 1e-7.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from bitmend.errors import RequestError
-from bitmend.evaluate.agreement import kl_divergence, summarise, top1_agreement
+from bitmend.evaluate.agreement import AgreementSummary, kl_divergence, summarise, top1_agreement
 from bitmend.evaluate.load import LoadedModel, check_context, load_model
 from bitmend.evaluate.perplexity import negative_log_likelihood, perplexity
 from bitmend.evaluate.reference import Reference, ReferenceLogits, check_same_tokens, run_model
 from bitmend.evaluate.reference_cache import ReferenceCache, default_folder
 from bitmend.evaluate.results import EvaluationReport, ModelResult, TextResult
 from bitmend.evaluate.windows import TokenWindows, read_windows
+from bitmend.models.loading import read_config, resolve_model
 from bitmend.protocols import Progress, SilentProgress
 
 
@@ -85,6 +87,9 @@ def evaluate(
             f"evaluate: at least one model, one text and a batch of one are required, but {len(models)} models, "
             f"{len(texts)} texts and a batch of {batch_size} came; give what is missing"
         )
+    for source in models:
+        if not isinstance(source, LoadedModel):
+            read_config(resolve_model(source))  # a wrong name is told before the first model has run for minutes
     shown = progress or SilentProgress()
     settings = _Settings(tuple(map(Path, texts)), windows, window_length, batch_size, shown)
     compared: Reference | None = None
@@ -153,22 +158,20 @@ def _score_text(
             kl.append(kl_divergence(wanted, given).reshape(ids.shape).cpu())
             agrees.append(top1_agreement(wanted, given).reshape(ids.shape).cpu())
     loss = torch.cat(losses)
-    agreement = summarise(torch.cat(kl), torch.cat(agrees)) if kl else None
+    # Without a reference every field of the comparison is there, and None.
+    agreement: dict[str, Any] = dict.fromkeys(field.name for field in fields(AgreementSummary))
+    if kl:
+        agreement = asdict(summarise(torch.cat(kl), torch.cat(agrees)))
     return TextResult(
         file=windows.file,
         windows=len(windows.ids),
         window_length=windows.ids.shape[1],
         perplexity=perplexity(loss),
-        kl=agreement and agreement.kl,
-        top1_agreement=agreement and agreement.top1_agreement,
-        kl_standard_error=agreement and agreement.kl_standard_error,
-        kl_p90=agreement and agreement.kl_p90,
-        kl_p99=agreement and agreement.kl_p99,
-        kl_p999=agreement and agreement.kl_p999,
         cross_entropy=float(loss.double().mean()),
         tokens=windows.ids.numel(),
         tokens_sha256=windows.sha256,
         seconds=time.perf_counter() - started,
+        **agreement,
     )
 
 

@@ -96,7 +96,8 @@ def check_context(model: LoadedModel, window_length: int) -> None:
     Raises:
         RequestError: they are.
     """
-    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and 0 < context < window_length:
         raise RequestError(
             f"{model.name}: windows must fit the model's context of {context} tokens, but they have {window_length}; "

@@ -2,12 +2,13 @@
 
 Log-probabilities of a text are large (2.7 GB for 160 windows of 512 tokens over 8,192 words). Where the logits are
 exactly the output head applied to the final hidden states, as a bit-for-bit comparison on the first batch tells, the
-hidden states and the head are kept instead, in memory and in the cache, and only the head runs again. Cached or not, the
-logits then come from the same product of the same numbers, so that both give equal results. Where something follows the
-head (a softcap, a scale), the whole reference runs again for each model, and says so.
+hidden states and the head are kept instead, in memory and in the cache, and only the head runs again. Cached or not,
+the logits then come from the same product of the same numbers, so that both give equal results. Where something follows
+the head (a softcap, a scale), the whole reference runs again for each model, and says so.
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,7 +29,10 @@ from bitmend.protocols import Progress
 class ReferenceLogits(Protocol):
     """The reference's logits on the windows of one text."""
 
-    vocabulary: int
+    @property
+    def vocabulary(self) -> int:
+        """How many words there are."""
+        ...
 
     def batch(self, windows: slice) -> Float[Tensor, "window token vocabulary"]:
         """Return the logits of some windows, on the evaluation device."""
@@ -76,8 +80,15 @@ def run_model(model: LoadedModel, ids: Int64[Tensor, "window token"]) -> Float[T
     """Return the logits of a model that is in evaluation mode.
 
     Raises:
-        NumericsError: they hold NaN or infinity.
+        RequestError: a token is beyond the model's vocabulary.
+        NumericsError: the logits hold NaN or infinity.
     """
+    embedding: Any = model.model.get_input_embeddings()  # type: ignore[operator]
+    if int(ids.max()) >= len(embedding.weight):
+        raise RequestError(
+            f"{model.name}: token numbers below its vocabulary of {len(embedding.weight)} are required, but its "
+            f"tokenizer gives {int(ids.max())}; copy the tokenizer that belongs to the model"
+        )
     with torch.no_grad():
         # Any: nn.Module does not say which device it is on.
         network: Any = model.model
@@ -113,7 +124,7 @@ class Reference:
         self.cache = cache
         self.progress = progress
         self._source = source
-        self._loaded: LoadedModel | None = source if isinstance(source, LoadedModel) else None
+        self._loaded: LoadedModel | None = None
         self._fingerprint: str | None = None  # None: a model in memory, which the cache cannot know again
         if isinstance(source, LoadedModel):
             self.name, self.tokenizer = source.name, source.tokenizer
@@ -155,8 +166,9 @@ class Reference:
         self._loaded = None
 
     def _load(self) -> LoadedModel:
+        if isinstance(self._source, LoadedModel):
+            return self._source
         if self._loaded is None:
-            assert not isinstance(self._source, LoadedModel)  # noqa: S101 (for the type checker)
             self._loaded = load_model(self._source, self.device, self.dtype)
         return self._loaded
 
@@ -170,8 +182,7 @@ class Reference:
             "model": self._fingerprint,
             "dtype": str(self.dtype),
             "device": self.device.type,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "versions": [torch.__version__, transformers.__version__, version("bitmend")],
         }
         return digest_of({**known, **facts})
 
@@ -204,7 +215,7 @@ def _run_once(
         seen.append(arguments[0].detach())
 
     handle = head.register_forward_pre_hook(keep_input)
-    hidden = []
+    hidden: list[Tensor] = []
     try:
         slices = list(windows.batches(batch_size))
         label = f"{model.name} (reference) on {windows.file}"
@@ -223,4 +234,5 @@ def _is_head_output(logits: Tensor, seen: list[Tensor], head: nn.Linear) -> bool
     if len(seen) != 1 or seen[0].shape[:-1] != logits.shape[:-1]:
         return False
     with torch.no_grad():
-        return torch.equal(nn.functional.linear(seen[0], head.weight, head.bias), logits)
+        again = nn.functional.linear(seen[0], head.weight, head.bias)
+    return again.dtype == logits.dtype and torch.equal(again, logits)

@@ -1,8 +1,8 @@
 """Tensors of reference models, kept on disk between evaluations.
 
-An entry is one safetensors file, named by a digest of everything that its content depends on, written under another name
-first and then renamed. The folder is bounded: entries used longest ago are removed first. The cache is a convenience:
-whatever goes wrong with it is said, and the work is done without it.
+An entry is one safetensors file, named by a digest of everything that its content depends on, written under another
+name first and then renamed. The folder is bounded: entries used longest ago are removed first. The cache is a
+convenience: whatever goes wrong with it is said, and the work is done without it.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ def digest_of(facts: Mapping[str, Any]) -> str:
 def model_fingerprint(folder: Path) -> str:
     """Return a SHA-256 over the config and the weight files of a model folder.
 
-    Up to 2 GB of weights are read whole. Of more, only the first mebibyte of each file (with the header, hence names and
-    shapes), its size and its time of change count.
+    Up to 2 GB of weights are read whole. Of more, only the first mebibyte of each file (with the header, hence names
+    and shapes), its size and its time of change count.
 
     Cost: about a second a gigabyte.
     """

@@ -139,12 +139,14 @@ def spec_to_json(spec: QuantSpec) -> dict[str, Any]:
     scale_dtype = str(spec.scale_dtype).removeprefix("torch.")
     if scale_dtype not in SCALE_DTYPES:
         raise RequestError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}; got {scale_dtype}")
-    is_group = isinstance(granularity, PerGroup)
+    group_size, ragged = (-1 if isinstance(granularity, PerChannel) else 0), False
+    if isinstance(granularity, PerGroup):
+        group_size, ragged = granularity.size, granularity.ragged
     return {
         "bits": spec.grid.bits,
         "symmetric": spec.grid.symmetric,
-        "group_size": granularity.size if is_group else -1 if isinstance(granularity, PerChannel) else 0,
-        "ragged": is_group and granularity.ragged,
+        "group_size": group_size,
+        "ragged": ragged,
         "scale_dtype": scale_dtype,
         "observer": spec.observer,
     }
@@ -169,7 +171,7 @@ def spec_from_json(scheme: Mapping[str, Any]) -> QuantSpec:
         grid = UniformGrid(_get(scheme, "bits", int), _get(scheme, "symmetric", bool))
     except RecipeError as error:
         raise CheckpointError(f"a scheme of quantization_config is impossible: {error}") from error
-    return QuantSpec(grid, granularity, observer, SCALE_DTYPES[scale_dtype])  # type: ignore[arg-type]  # checked above
+    return QuantSpec(grid, granularity, observer, SCALE_DTYPES[scale_dtype])
 
 
 def _scheme_from_json(item: Any) -> tuple[str, QuantSpec]:

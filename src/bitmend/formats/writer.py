@@ -7,7 +7,6 @@ Until that rename nothing exists under the name OUTPUT (or the old OUTPUT is unt
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +37,8 @@ INDEX_FILE = "model.safetensors.index.json"
 # What makes a folder a usable model beside its weights. A list of what is wanted, not of what is not: a source folder
 # may hold weights of any name.
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "vocab.bpe", "encoder.json", "merges.txt", "bpe.codes", "*.model", "*.tiktoken", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "vocab.bpe", "encoder.json", "merges.txt", "bpe.codes", "*.model", "*.tiktoken", "chat_template.json",
     "chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
@@ -73,7 +72,7 @@ class CheckpointWriter:
             RequestError: no config.json in the source; OUTPUT or its partial folder exists without `overwrite`, or is
                 no model folder; OUTPUT and the source lie inside each other; the parent cannot be written.
         """
-        self.source, self.output = Path(source_folder), Path(os.path.abspath(output))
+        self.source, self.output = Path(source_folder), Path(output).resolve()
         self.partial = self.output.with_name(self.output.name + ".partial")
         self._names: set[str] = set()
         self._parts: list[Path] = []
@@ -176,7 +175,8 @@ class CheckpointWriter:
         try:
             if self.partial.exists():
                 shutil.rmtree(self.partial)
-            (self.partial / "parts").mkdir(parents=True)
+            self.partial.mkdir(parents=True)
+            (self.partial / "parts").mkdir()
         except OSError as error:
             reason = error.strerror or str(error)
             raise RequestError(f"the output folder {self.partial} cannot be made: {reason}; choose another") from error
@@ -184,7 +184,8 @@ class CheckpointWriter:
     # ------------------------------------------------------------------------------------------ shards
     def _write_shards(self) -> dict[str, str]:
         shards = list(_split(self._pieces(), self._max_shard_bytes))
-        digests, weight_map = {}, {}
+        digests: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             digests[name] = write_hashed(self.partial / name, _shard_bytes(shard))

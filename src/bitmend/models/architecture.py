@@ -77,4 +77,3 @@ def modules_found(config: Any) -> str:
             return f"found {module_lists(kind._from_config(copy.deepcopy(config)))}"
     except Exception:  # only the ornament of an error sentence; the sentence itself must come through
         return "its modules could not be listed"
-

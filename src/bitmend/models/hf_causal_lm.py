@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 from bitmend.errors import ModelError
 from bitmend.models.architecture import architecture_name, module_lists, modules_found, refuse_quantised, why_not_causal
-from bitmend.models.detour import BlockList, Probe, ReturnForm, candidate_lists, detour, first_reached, probe
-from bitmend.models.detour import split_hidden as split
+from bitmend.models.detour import (
+    BlockList,
+    Probe,
+    ReturnForm,
+    candidate_lists,
+    detour,
+    first_reached,
+    probe,
+    split_hidden,
+)
 from bitmend.models.loading import empty_model, read_config
 from bitmend.models.shards import ShardedWeights
 from bitmend.models.tensor_source import TensorSource, buffers_to, outside
@@ -81,7 +89,7 @@ class HfCausalLm:
             trust_remote_code: allow code that comes with the model.
 
         Raises:
-            ModelError: the folder is incomplete, quantised already, or of an architecture that this adapter cannot read.
+            ModelError: the folder is incomplete, quantised already, or of an architecture that is not read here.
             CheckpointError: the files are damaged or do not belong to the config.
         """
         config = read_config(folder, trust_remote_code)
@@ -126,6 +134,10 @@ class HfCausalLm:
             if followed is None or held[name] is not held[followed]:
                 yield name, held[name].detach()
 
+    def stored_name(self, name: str) -> str:
+        """Return the name under which the source folder holds a tensor, where it differs from the module's path."""
+        return self._source.stored_name(name)
+
     # ------------------------------------------------------------------------------------------ running
     @torch.no_grad()
     def block_inputs(self, batch: TokenBatch) -> BlockInputs:
@@ -135,7 +147,7 @@ class HfCausalLm:
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             del index
-            passed, rest, options = split(args, kwargs)
+            passed, rest, options = split_hidden(args, kwargs)
             hidden.append(passed)
             arguments.append((rest, options))
             return self._form.wrap(passed)
@@ -166,7 +178,7 @@ class HfCausalLm:
         last = len(self.block_names) - 1
 
         def replace(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._form.wrap(hidden if index == last else split(args, kwargs)[0])
+            return self._form.wrap(hidden if index == last else split_hidden(args, kwargs)[0])
 
         with self._detour(replace):
             logits: Tensor = self.model(**self._call(batch)).logits
@@ -217,7 +229,8 @@ class HfCausalLm:
     def _refuse_two_sided(self, seen: Probe) -> None:
         # The two rows differ in their second token only, so a causal block cannot tell them apart at the first.
         one, other = seen.first_output.float()[:, 0]
-        if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):
+        slack = 4 * torch.finfo(self.dtype).eps * one.nan_to_num(0, 0, 0).abs().max().item()
+        if not torch.allclose(one, other, rtol=0, atol=slack, equal_nan=True):
             raise ModelError(
                 f"{self._what()} looks at later tokens, need a decoder that attends to the past only; "
                 f"found {module_lists(self.model)}; give a decoder language model"

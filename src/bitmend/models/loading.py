@@ -38,7 +38,7 @@ def resolve_model(name: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 (only needed for hub names)
+    from huggingface_hub import snapshot_download  # only hub names need it
 
     try:
         # A second copy of the weights in a subfolder (original/, onnx/) is not wanted.
@@ -109,7 +109,9 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and not trust_remote_code:
             raise ModelError(f"the model needs code that comes with it; {TRUST_HINT}") from error
         reason = " ".join(str(error).split())
-        raise ModelError(f"transformers cannot build the model from its config ({reason}); check config.json") from error
+        raise ModelError(
+            f"transformers cannot build the model from its config ({reason}); check config.json"
+        ) from error
     return model.eval()
 
 
@@ -128,7 +130,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if stored is not None:
             module._parameters[name] = nn.Parameter(stored.detach().to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

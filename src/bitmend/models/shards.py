@@ -99,7 +99,9 @@ class ShardedWeights:
             with safe_open(stored.file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{stored.file} could not be read at tensor {name} ({error}); copy it again") from error
+            raise CheckpointError(
+                f"{stored.file} could not be read at tensor {name} ({error}); copy it again"
+            ) from error
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -146,7 +148,7 @@ def _stored(path: Path, name: str, piece: Any) -> StoredTensor:
     code = piece.get_dtype()
     if code not in DTYPES:
         raise CheckpointError(
-            f"tensor {name} in {path} is of type {code}, need one of {', '.join(DTYPES)}; give the model in bf16 or fp16"
+            f"tensor {name} in {path} is of type {code}, need one of {', '.join(DTYPES)}; give a bf16 model"
         )
     return StoredTensor(path, tuple(piece.get_shape()), DTYPES[code])
 
@@ -185,7 +187,9 @@ def _shard_path(folder: Path, shard: str) -> Path:
         raise CheckpointError(f"{INDEX_FILE} names the shard {shard!r}, need a .safetensors file; copy the index again")
     path = folder / relative
     if not path.is_file():
-        raise CheckpointError(f"{INDEX_FILE} names the shard {shard}, which is missing from {folder}; download it again")
+        raise CheckpointError(
+            f"{INDEX_FILE} names the shard {shard}, which is missing from {folder}; download it again"
+        )
     return path
 
 

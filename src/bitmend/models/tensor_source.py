@@ -1,7 +1,8 @@
 """Which stored tensor belongs to which place of a model, and how it gets there and away again."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -87,17 +88,21 @@ class TensorSource:
 
     def _match(self, places: Iterable[str]) -> dict[str, str]:
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        present = {key: key for key in self.weights.names()}
         matched: dict[str, str] = {}
-        for attempt in (lambda: present, lambda: _renamed(self.model, present)):
-            open_places = [name for name in places if name not in matched]
-            table = attempt() if open_places else {}
-            for name in open_places:
-                alike = (name, name.removeprefix(prefix), prefix + name)
-                found = next((table[key] for key in alike if key in table), None)
-                if found is not None:
-                    matched[name] = found
+        self._match_under(prefix, places, matched, lambda key: key)
+        if any(name not in matched for name in places):
+            self._match_under(prefix, places, matched, _renaming(self.model))
         return matched
+
+    def _match_under(
+        self, prefix: str, places: Iterable[str], matched: dict[str, str], todays_name: Callable[[str], str]
+    ) -> None:
+        table = {todays_name(key): key for key in self.weights.names()}
+        for name in places:
+            alike = (name, name.removeprefix(prefix), prefix + name)
+            found = next((table[key] for key in alike if key in table), None)
+            if found is not None:
+                matched.setdefault(name, found)
 
     def _find_ties(self, places: dict[str, Tensor]) -> dict[str, str]:
         declared: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -127,10 +132,14 @@ class TensorSource:
         used = set(self._stored.values())
         spare = [name for name in self.weights.names() if name not in used]
         held = f"; tensors of unknown use: {_some(spare)}" if spare else ""
+        advice = "give the complete model, saved by save_pretrained of a recent transformers"
+        if _is_merged(self.model, spare):
+            advice = (
+                "they have to be merged from tensors stored one by one, which bitmend cannot do for this architecture"
+            )
         raise ModelError(
             f"{self.weights.folder} lacks {len(missing)} of the {len(self.names)} tensors that "
-            f"{type(self.model).__name__} needs: {_some(missing)}{held}; give the complete model, "
-            "saved by save_pretrained of a recent transformers"
+            f"{type(self.model).__name__} needs: {_some(missing)}{held}; {advice}"
         )
 
     def _refuse_shapes(self, places: dict[str, Tensor]) -> None:
@@ -143,16 +152,17 @@ class TensorSource:
                 )
 
 
-def _renamed(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """Return today's name -> stored name, for models whose modules have been renamed since they were stored."""
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    table = {}
-    for key in keys:
-        name = key
-        for step in renamings:
-            name, _ = step.rename_source_key(name)
-        table[name] = key
-    return table
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Return what gives a stored name as it is today, for models whose modules have been renamed since."""
+    steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return lambda key: reduce(lambda name, step: step.rename_source_key(name)[0], steps, key)
+
+
+def _is_merged(model: Any, keys: Iterable[str]) -> bool:
+    """Return whether transformers would merge stored tensors, such as single experts, into a place of the model."""
+    todays_name = _renaming(model)
+    steps = [step for step in get_model_conversion_mapping(model) if not isinstance(step, WeightRenaming)]
+    return any(step.rename_source_key(todays_name(key))[1] is not None for key in keys for step in steps)
 
 
 def _some(names: list[str]) -> str:

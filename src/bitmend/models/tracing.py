@@ -24,7 +24,7 @@ def identity(tensor: Tensor) -> Identity:
     """Return a key that is equal for two living tensors exactly when they hold the same values in the same memory."""
     width = tensor.shape[-1] if tensor.ndim else 1
     memory = tensor.untyped_storage()._cdata
-    return (memory, tensor.storage_offset(), tensor.numel(), width, tensor._version)
+    return (memory, int(tensor.storage_offset()), tensor.numel(), width, tensor._version)
 
 
 @dataclass
@@ -61,11 +61,11 @@ def is_norm(module: nn.Module) -> bool:
     return weight is None or weight.ndim == 1
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every tensor that is read outside sites and norms."""
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

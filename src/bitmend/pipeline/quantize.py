@@ -96,7 +96,7 @@ class _Loop:
         started = time.perf_counter()
         with self.timed("load"):
             self.adapter.load_block(index)
-            block = self.adapter.describe_block(index, _trace_batch())
+            block = self.adapter.describe_block(index, trace_batch())
         report = BlockReport(block.name)
         self.report.blocks.append(report)
         self.report.events += _unread_events(block)
@@ -154,7 +154,7 @@ class _Loop:
         self.report.seconds[what] = self.report.seconds.get(what, 0.0) + seconds
 
 
-def _trace_batch() -> TokenBatch:
+def trace_batch() -> TokenBatch:
     """Return a few tokens that every vocabulary has; only the order of layers is read from them."""
     return TokenBatch(torch.arange(TRACE_TOKENS).unsqueeze(0) % 2)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.runtime.dispatch import linear_kernel
-from bitmend.runtime.linear import apply_keeping_scale
+from bitmend.runtime.linear import apply_keeping_scale, model_dtype, register_model_dtype
 from bitmend.runtime.packed import PackedWeight, fill_packed_, pack, packed_of, register_packed
 
 
@@ -40,15 +40,15 @@ class QuantEmbedding(nn.Module):
         self.padding_idx = padding_idx
         device = None if device is None else torch.device(device)
         register_packed(self, self.shape, spec, device)
-        # Holds nothing but the dtype of the output, and follows `.to(dtype)`, which the packed tensors do not.
-        self.register_buffer("output_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        register_model_dtype(self, dtype, device)
 
     @classmethod
     def from_qtensor(cls, qtensor: QTensor, dtype: torch.dtype | None = None) -> "QuantEmbedding":
         """Return an embedding that holds `qtensor`, packed, and gives vectors in `dtype`."""
-        layer = cls(*qtensor.codes.shape, qtensor.spec, dtype=dtype, device="meta")
+        num_embeddings, embedding_dim = qtensor.codes.shape
+        layer = cls(num_embeddings, embedding_dim, qtensor.spec, dtype=dtype, device="meta")
         fill_packed_(layer, pack(qtensor))
-        layer.register_buffer("output_like", torch.empty(0, dtype=dtype), persistent=False)
+        register_model_dtype(layer, dtype, None)
         return layer
 
     @property
@@ -61,9 +61,14 @@ class QuantEmbedding(nn.Module):
         """The table, as a view of the buffers."""
         return packed_of(self, self.shape, self.spec)
 
+    @property
+    def weight(self) -> Float[Tensor, "tokens features"]:
+        """The whole table in the model's dtype, made anew each time; for model code that asks for it by this name."""
+        return self.dequantize(model_dtype(self))
+
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch features"]:
         """Return one vector for each id; an id outside the table is an IndexError."""
-        vectors = self.packed.take(ids.reshape(-1), self.get_buffer("output_like").dtype)
+        vectors = self.packed.take(ids.reshape(-1), model_dtype(self))
         return vectors.view(*ids.shape, self.embedding_dim)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "tokens features"]:
@@ -106,6 +111,11 @@ class TiedQuantHead(nn.Module):
     def out_features(self) -> int:
         """How many tokens there are."""
         return self.embedding.num_embeddings
+
+    @property
+    def weight(self) -> Float[Tensor, "tokens features"]:
+        """The whole shared table in the model's dtype, made anew each time."""
+        return self.embedding.weight
 
     def forward(self, inputs: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch tokens"]:
         """Return one logit for each token."""

@@ -39,6 +39,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         device = None if device is None else torch.device(device)
         register_packed(self, self.shape, spec, device)
+        register_model_dtype(self, dtype, device)
         # The bias is a parameter, not a buffer, so that a model without norms still has one that tells its dtype.
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
@@ -50,6 +51,7 @@ class QuantLinear(nn.Module):
         out_features, in_features = qtensor.codes.shape
         layer = cls(in_features, out_features, qtensor.spec, device="meta")
         fill_packed_(layer, pack(qtensor))
+        register_model_dtype(layer, None if bias is None else bias.dtype, None)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
@@ -62,6 +64,11 @@ class QuantLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight, as a view of the buffers."""
         return packed_of(self, self.shape, self.spec)
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The whole weight in the model's dtype, made anew each time; for model code that asks for it by this name."""
+        return self.dequantize(model_dtype(self))
 
     def forward(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return the layer's output in the dtype of `inputs`."""
@@ -78,6 +85,16 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return apply_keeping_scale(self, super()._apply, fn, recurse)
+
+
+def register_model_dtype(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Give `module` an empty tensor that holds but a dtype, and follows `model.to(dtype)`, as packed ones do not."""
+    module.register_buffer("like_model", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+
+def model_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype that `register_model_dtype` keeps."""
+    return module.get_buffer("like_model").dtype
 
 
 def apply_keeping_scale(

@@ -1,0 +1,285 @@
+"""Export to compressed-tensors, format `pack-quantized`, which vLLM, SGLang and transformers read.
+
+The words of bitmend's own layout are that format's words, so codes and zero points are copied, not repacked. What
+differs: the shape of each weight is stored as a tensor, the schemes are groups of `config_groups`, and some things have
+no place: a one-bit grid without a zero, GPT-2's `Conv1D`, a shorter last group, scales that the model's dtype cannot
+hold (its readers cast scales to it). Those are refused in one sentence. A quantised embedding or head is written out in
+the model's dtype, with an event, because most readers expect them so.
+
+Before the export counts as done, its logits are compared with those of bitmend's own checkpoint (`formats/reopen.py`).
+
+Source: the format as compressed-tensors 0.20 reads it (github.com/vllm-project/compressed-tensors).
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from bitmend.errors import RequestError
+from bitmend.formats.integrity import check_files, read_config, weight_files
+from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
+from bitmend.formats.native import read_packed
+from bitmend.formats.reopen import compare_logits
+from bitmend.formats.safetensors_file import read_header
+from bitmend.formats.writer import CheckpointWriter
+from bitmend.numerics.granularity import PerGroup, PerTensor
+from bitmend.numerics.qtensor import QuantSpec
+from bitmend.packing.bits import pack_codes, unpack_codes
+from bitmend.protocols import FORMATS, Event
+from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS, PackedWeight
+
+FORMAT = "pack-quantized"
+
+# vLLM computes these projections as one matrix, which has one scheme.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_PART_BYTES = 256 << 20
+
+
+@FORMATS.register("compressed-tensors")
+@dataclass(frozen=True)
+class CompressedTensors:
+    """The `pack-quantized` format of compressed-tensors, for vLLM, SGLang and transformers.
+
+    Attributes:
+        overwrite: replace an existing output.
+    """
+
+    overwrite: bool = False
+
+    def export(self, source: Path, output: Path) -> tuple[Event, ...]:
+        """Write the checkpoint `source` to the new folder `output`, reopen it and compare.
+
+        Args:
+            source: a folder in bitmend's own format.
+            output: the folder to be.
+
+        Returns:
+            What the user must be told.
+
+        Raises:
+            RequestError: something that the format cannot hold, an output that exists, or compressed-tensors is not
+                installed.
+            CheckpointError: a source that is cut short, altered or inconsistent.
+            ExportError: the reopened export does not give the logits of the source; the output is removed.
+
+        Cost: a few hundred megabytes while writing; for the comparison the whole model, packed, and then, in another
+        process, dense.
+        """
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise RequestError(
+                "an export to compressed-tensors is reopened with that package, which is not installed; "
+                "run: pip install 'bitmend[export]'"
+            )
+        checkpoint = _open(Path(source))
+        for name, entry in checkpoint.exported.items():
+            _check_holds(name, entry, checkpoint)
+        events = tuple(_events(checkpoint))
+        # Rounding an embedding to the model's dtype is no error of the export, so the comparison must run in it.
+        dtype = checkpoint.dtype if checkpoint.dequantised else None
+        with CheckpointWriter(checkpoint.folder, output, self.overwrite) as writer:
+            for number, tensors in enumerate(_parts(checkpoint)):
+                writer.add(str(number), tensors)
+            config = _quantization_config(checkpoint)
+            writer.finish(config, {}, check=lambda folder: compare_logits(checkpoint.folder, folder, dtype))
+        return events
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The source, opened; gives a tensor for its name.
+
+    Attributes:
+        folder: where it lies.
+        dtype: of the model.
+        files: tensor name -> file.
+        exported: modules that stay quantised.
+        dequantised: embedding and head, when they are quantised.
+        unquantised: linear layers that are not exported as quantised.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    files: Mapping[str, Path]
+    exported: Mapping[str, ManifestEntry]
+    dequantised: Mapping[str, ManifestEntry]
+    unquantised: tuple[str, ...]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def packed(self, name: str, entry: ManifestEntry) -> PackedWeight:
+        """Return the packed weight of a module."""
+        return read_packed(self, name, entry)  # type: ignore[arg-type]  # needs no more of a mapping than this
+
+
+def _open(folder: Path) -> _Checkpoint:
+    quantization = read_config(folder).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise RequestError(f"{folder} is not in bitmend's own format; only such a checkpoint can be exported")
+    manifest = Manifest.from_json(quantization)
+    files = weight_files(folder)
+    check_files(files, manifest)
+    model = _empty_model(folder)
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    outside = {name for name, module in model.named_modules() if module is head}
+    dequantised = {
+        name: entry for name, entry in manifest.modules.items() if entry.kind == "embedding" or name in outside
+    }
+    exported = {name: entry for name, entry in manifest.modules.items() if name not in dequantised}
+    if not exported:
+        raise RequestError(f"{folder} has no quantised layer that compressed-tensors could hold")
+    return _Checkpoint(
+        folder,
+        model.dtype,
+        {name: file for file in files for name in read_header(file).tensors},
+        exported,
+        dequantised,
+        tuple(name for name in linears if name not in exported),
+    )
+
+
+def _empty_model(folder: Path) -> transformers.PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise RequestError(
+            f"only causal language models are exported to compressed-tensors; {folder} is {type(config).__name__}"
+        ) from error
+
+
+def _check_holds(name: str, entry: ManifestEntry, checkpoint: _Checkpoint) -> None:
+    spec, columns = entry.spec, entry.shape[1]
+    if entry.kind == "conv1d":
+        raise RequestError(f"{name} is a Conv1D of GPT-2, which compressed-tensors cannot hold; keep bitmend's format")
+    if spec.grid.is_sign:
+        raise RequestError(
+            f"{name} has the one-bit grid -scale, +scale, which compressed-tensors cannot hold; keep bitmend's format"
+        )
+    if isinstance(spec.granularity, PerGroup) and columns % spec.granularity.size:
+        raise RequestError(
+            f"{name} has {columns} input channels in groups of {spec.granularity.size}; compressed-tensors cannot hold "
+            f"a shorter last group; quantise with a group_size that divides the width"
+        )
+    scale = checkpoint[f"{name}.{SCALE}"]
+    if not torch.equal(scale.to(checkpoint.dtype).float(), scale.float()):
+        raise RequestError(
+            f"{name} has scales in {spec.scale_dtype} that change when cast to {checkpoint.dtype}, the model's dtype, "
+            f"as readers of compressed-tensors do; quantise with scales in the model's dtype"
+        )
+
+
+def _events(checkpoint: _Checkpoint) -> Iterator[Event]:
+    for name in checkpoint.dequantised:
+        yield Event("dequantised", name, f"{name} is written in {checkpoint.dtype}: readers expect it unquantised")
+    if any(not entry.spec.grid.symmetric for entry in checkpoint.exported.values()):
+        how = "only with CompressedTensorsConfig(dequantize=True)" if len(_groups(checkpoint)) == 1 else "not at all"
+        yield Event(
+            "reader_limit", "zero points", f"transformers 5.23 with compressed-tensors 0.20 loads zero points {how}"
+        )
+    schemes = {name: _scheme(entry.spec) for name, entry in checkpoint.exported.items()}
+    present = {*schemes, *checkpoint.unquantised}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
+        for leaves in _FUSED:
+            names = [f"{parent}.{leaf}" for leaf in leaves if f"{parent}.{leaf}" in present]
+            if len({schemes.get(name) for name in names}) > 1:
+                yield Event(
+                    "vllm_fusion",
+                    parent,
+                    f"{', '.join(leaves)} of {parent} have different schemes; vLLM computes them as one and refuses",
+                )
+
+
+def _parts(checkpoint: _Checkpoint) -> Iterator[dict[str, Tensor]]:
+    """Yield all tensors of the export, a bounded number of bytes at a time."""
+    part: dict[str, Tensor] = {}
+    for tensors in _pieces(checkpoint):
+        part |= tensors
+        if sum(tensor.nbytes for tensor in part.values()) >= _PART_BYTES:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
+def _pieces(checkpoint: _Checkpoint) -> Iterator[dict[str, Tensor]]:
+    for name, entry in checkpoint.exported.items():
+        yield _module_tensors(name, checkpoint.packed(name, entry), checkpoint.dtype)
+    for name, entry in checkpoint.dequantised.items():
+        yield {f"{name}.weight": checkpoint.packed(name, entry).dequantize(checkpoint.dtype)}
+    quantised = {*checkpoint.exported, *checkpoint.dequantised}
+    for name in checkpoint.files:
+        module, _, leaf = name.rpartition(".")
+        if module not in quantised or leaf not in (WORDS, SCALE, ZERO_WORDS):
+            yield {name: checkpoint[name]}
+
+
+def _module_tensors(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    out = packed.shape[0]
+    scale, zero_words = packed.scale, packed.zero_words
+    if isinstance(packed.spec.granularity, PerTensor):  # as one equal scale per output channel, which is the same
+        bits = packed.spec.grid.bits
+        scale = scale.expand(out, 1)
+        if zero_words is not None:
+            zero_words = pack_codes(unpack_codes(zero_words.T, bits, 1).expand(1, out), bits).T
+    if scale.dtype.itemsize > dtype.itemsize:
+        scale = scale.to(dtype)  # exact, as checked
+    tensors = {WORDS: packed.words, SCALE: scale.contiguous(), "weight_shape": torch.tensor(packed.shape)}
+    if zero_words is not None:
+        tensors[ZERO_WORDS] = zero_words.contiguous()
+    return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+
+
+def _scheme(spec: QuantSpec) -> tuple[int, bool, int | None]:
+    size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
+    return spec.grid.bits, spec.grid.symmetric, size
+
+
+def _groups(checkpoint: _Checkpoint) -> dict[tuple[int, bool, int | None], list[str]]:
+    groups: dict[tuple[int, bool, int | None], list[str]] = {}
+    for name, entry in checkpoint.exported.items():
+        groups.setdefault(_scheme(entry.spec), []).append(name)
+    return groups
+
+
+def _quantization_config(checkpoint: _Checkpoint) -> dict[str, Any]:
+    groups = _groups(checkpoint)
+    config_groups = {}
+    for number, ((bits, symmetric, size), names) in enumerate(groups.items()):
+        weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, "actorder": None}
+        weights |= {"strategy": "channel" if size is None else "group", "group_size": size}
+        config_groups[f"group_{number}"] = {
+            # With one scheme for all, the class is enough, and every reader understands it.
+            "targets": ["Linear"] if len(groups) == 1 else names,
+            "format": FORMAT,
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": list(checkpoint.unquantised),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": importlib.metadata.version("compressed-tensors"),
+    }

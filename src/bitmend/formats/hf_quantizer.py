@@ -1,0 +1,221 @@
+"""Teaches transformers to load bitmend checkpoints; importing this module is all that is needed.
+
+`AutoModelForCausalLM.from_pretrained(folder)` then swaps the quantised modules for packed ones before any weight is
+read, checks the files against the manifest, and loads. `save_pretrained` writes the same tensors again, bit for bit.
+Rule for checksums: transformers writes config.json before the weights, so a model saved by it carries none; such a
+folder is checked by names, types and shapes only.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitmend.errors import CheckpointError
+from bitmend.formats.integrity import check_files
+from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
+from bitmend.formats.safetensors_file import TensorRecord
+from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
+from bitmend.runtime.linear import QuantLinear
+from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
+from bitmend.sites import layer_kind
+
+# Key of `quantization_config`, in memory only, that switches the checksums off; see `BitmendConfig.verify`.
+VERIFY = "verify"
+
+
+@register_quantization_config(QUANT_METHOD)
+class BitmendConfig(QuantizationConfigMixin):
+    """`quantization_config` of a bitmend checkpoint, as transformers passes it around.
+
+    Attributes:
+        manifest: the content.
+        verify: whether loading compares the checksums of the files. Not stored. To leave it out, set
+            `config.quantization_config["verify"] = False` and pass `config=config` to `from_pretrained`.
+    """
+
+    def __init__(self, verify: bool = True, **config: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.verify = verify
+        self.manifest = Manifest.from_json(config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `save_pretrained` puts into config.json: everything but the checksums."""
+        return self.manifest.with_files({}).to_json()
+
+
+@register_quantizer(QUANT_METHOD)
+class BitmendQuantizer(HfQuantizer):
+    """Swaps modules before loading; see the module."""
+
+    requires_calibration = True
+    quantization_config: BitmendConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        manifest = self.quantization_config.manifest
+        records = None
+        if checkpoint_files is not None:
+            files = [Path(file) for file in checkpoint_files]
+            records = check_files(files, manifest, verify=self.quantization_config.verify)
+        swapped = swap_modules_(model, manifest, dtype)
+        _forget_ties(model, swapped)
+        if records is not None:
+            _check_model(model, records)
+        self.quantization_config.manifest = Manifest(
+            {swapped[name]: entry for name, entry in manifest.modules.items() if name in swapped},
+            {swapped[head]: swapped[table] for head, table in manifest.tied.items() if head in swapped},
+            manifest.provenance,
+            manifest.files,
+        )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Keep packed tensors and scales as stored, whatever dtype the model is asked for in."""
+        names = getattr(converter, "target_patterns", ())
+        if any(name.rpartition(".")[2] in (WORDS, SCALE, ZERO_WORDS) for name in names):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def swap_modules_(model: nn.Module, manifest: Manifest, dtype: torch.dtype | None) -> dict[str, str]:
+    """Put uninitialised packed modules in place of those that the manifest lists.
+
+    Args:
+        model: with its modules on any device (meta, while transformers loads); the new ones are made on the same.
+        manifest: from the checkpoint.
+        dtype: of biases and of the vectors that an embedding gives.
+
+    Returns:
+        Path in the manifest -> path in this model, which lacks the first part when only the inner model is loaded.
+        Modules of a head that the model does not have are left out.
+
+    Raises:
+        CheckpointError: a module that does not exist, or has another shape or kind than the manifest says.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    is_inner = not any(name in modules for name in manifest.modules)
+    swapped = {}
+    for name, entry in manifest.modules.items():
+        path = name.removeprefix(prefix) if is_inner else name
+        if path in modules:
+            _replace(model, path, _packed_module(path, modules[path], entry, dtype))
+            swapped[name] = path
+        elif not is_inner or name.startswith(prefix):
+            raise CheckpointError(f"the checkpoint quantises {name}, which {type(model).__name__} does not have")
+    for head, table in manifest.tied.items():
+        if head not in modules and is_inner:
+            continue
+        if head not in modules or layer_kind(modules[head]) != "linear":
+            raise CheckpointError(f"the checkpoint ties {head} to {table}, but {head} is no linear layer of this model")
+        embedding = model.get_submodule(swapped[table])
+        _replace(model, head, TiedQuantHead(embedding, modules[head].bias))  # type: ignore[arg-type]
+        swapped[head] = head
+    return swapped
+
+
+def _packed_module(path: str, module: nn.Module, entry: ManifestEntry, dtype: torch.dtype | None) -> nn.Module:
+    kind = "embedding" if type(module) is nn.Embedding else layer_kind(module)
+    if kind != entry.kind:
+        raise CheckpointError(
+            f"{path} is of kind {entry.kind!r} in the checkpoint, but {type(module).__name__} in the model"
+        )
+    weight = module.get_parameter("weight")
+    shape = tuple(weight.shape[::-1] if kind == "conv1d" else weight.shape)
+    if shape != entry.shape:
+        raise CheckpointError(f"{path} has the shape {entry.shape} in the checkpoint, but {shape} in the model")
+    dtype = dtype or weight.dtype
+    if isinstance(module, nn.Embedding):
+        padding = module.padding_idx
+        return QuantEmbedding(*shape, entry.spec, padding_idx=padding, dtype=dtype, device=weight.device)
+    bias = getattr(module, "bias", None) is not None
+    return QuantLinear(shape[1], shape[0], entry.spec, bias=bias, dtype=dtype, device=weight.device)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    model.get_submodule(parent).register_module(leaf, module)
+
+
+def _forget_ties(model: PreTrainedModel, swapped: Mapping[str, str]) -> None:
+    """Drop the ties of weights that no longer exist; `TiedQuantHead` shares the table by itself."""
+    gone = {f"{path}.weight" for path in swapped.values()}
+
+    def alive(ties: Mapping[str, str]) -> dict[str, str]:
+        return {target: source for target, source in ties.items() if not gone & {target, source}}
+
+    model.all_tied_weights_keys = alive(model.all_tied_weights_keys)
+    for name, module in model.named_modules():
+        ties = getattr(module, "_tied_weights_keys", None)
+        if isinstance(module, PreTrainedModel) and isinstance(ties, dict):
+            start = f"{name}." if name else ""
+            kept = alive({start + target: start + source for target, source in ties.items()})
+            if len(kept) < len(ties):
+                module._tied_weights_keys = {
+                    target.removeprefix(start): source.removeprefix(start) for target, source in kept.items()
+                } or None
+
+
+def _check_model(model: PreTrainedModel, records: Mapping[str, TensorRecord]) -> None:
+    """Compare names, shapes and kinds of number of all tensors with those of the model.
+
+    A tensor that is missing would be initialised at random, with no more than a warning of transformers. Classes other
+    than the saved one may have another head; names that transformers converts while loading cannot be judged here.
+    """
+    wanted: dict[str, Tensor] = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    present = {}
+    for name, record in records.items():
+        match = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in wanted), None)
+        if match is not None:
+            present[match] = record
+    for name, record in present.items():
+        if tuple(wanted[name].shape) != record.shape:
+            shape = tuple(wanted[name].shape)
+            raise CheckpointError(f"{name} has the shape {record.shape} in the file, but {shape} in the model")
+        if wanted[name].dtype.is_floating_point != record.dtype.is_floating_point:
+            raise CheckpointError(f"{name} is {record.dtype} in the file, but {wanted[name].dtype} in the model")
+    saved = getattr(model.config, "architectures", None) or []
+    if type(model).__name__ not in saved or _converts(model):
+        return
+    missing = set(wanted) - set(present) - _filled_by_ties(model, present)
+    missing = {name for name in missing if not _ignored(name, model._keys_to_ignore_on_load_missing)}
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {min(missing)}, which {type(model).__name__} needs")
+
+
+def _filled_by_ties(model: PreTrainedModel, present: Mapping[str, TensorRecord]) -> set[str]:
+    pairs = model.all_tied_weights_keys.items()
+    return {target for target, source in pairs if source in present} | {
+        source for target, source in pairs if target in present
+    }
+
+
+def _ignored(name: str, patterns: Any) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _converts(model: PreTrainedModel) -> bool:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model))

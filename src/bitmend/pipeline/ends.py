@@ -1,0 +1,92 @@
+"""What lies outside the blocks: the token embedding and the head, at fewer bits if the recipe says so.
+
+Both are rounded to nearest: an embedding is a table look-up and has no input moments. A head that is tied to the embedding
+uses the embedding's table.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitmend.errors import NumericsError, RecipeError
+from bitmend.formats.native import site_tensors
+from bitmend.numerics.granularity import num_groups
+from bitmend.numerics.observers import choose_qparams
+from bitmend.numerics.qtensor import QTensor, QuantSpec, quantize
+from bitmend.pipeline.recipe import EndSection, Recipe, WeightSection
+from bitmend.protocols import ModelAdapter
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Everything outside the blocks, ready to be written.
+
+    Attributes:
+        tensors: by the name under which they are stored.
+        quantised: by module name.
+        kinds: `embedding` or `linear`, by module name.
+        tied: head -> embedding whose quantised table it uses.
+    """
+
+    tensors: dict[str, Tensor]
+    quantised: dict[str, QTensor]
+    kinds: dict[str, str]
+    tied: dict[str, str]
+
+
+def check_ends(adapter: ModelAdapter, recipe: Recipe) -> None:
+    """Check the sections `embedding` and `head` against the model before anything is computed.
+
+    Raises:
+        RecipeError: a head section for a model whose head is tied, or a group size that does not fit.
+    """
+    if recipe.head is not None and adapter.head_name is None:
+        raise RecipeError("the model's head is tied to its embedding; set embedding.bits, which quantises both, not head.bits")
+    width = adapter.model.get_submodule(adapter.embedding_name).weight.shape[1]
+    for name, section in (("embedding", recipe.embedding), ("head", recipe.head)):
+        if section is not None:
+            try:
+                num_groups(_spec(section, adapter.dtype).granularity, width)
+            except RecipeError as error:
+                raise RecipeError(f"{name}: {error}") from error
+
+
+def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
+    """Return all tensors outside the blocks, embedding and head rounded to nearest where the recipe asks for it.
+
+    Raises:
+        NumericsError: NaN or Inf in one of them.
+    """
+    wanted: dict[str, tuple[EndSection, str]] = {}
+    if recipe.embedding is not None:
+        wanted[adapter.embedding_name] = (recipe.embedding, "embedding")
+    if recipe.head is not None and adapter.head_name is not None:
+        wanted[adapter.head_name] = (recipe.head, "linear")
+    ends = Ends({}, {}, {}, {})
+    for name, tensor in adapter.outside_tensors():
+        module = name.removesuffix(".weight")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NumericsError(f"the tensor {name} must be finite, but holds NaN or Inf; nothing was saved")
+        if module not in wanted or module == name:
+            ends.tensors[name] = tensor
+            continue
+        section, kind = wanted[module]
+        spec = _spec(section, adapter.dtype)
+        weight = tensor.float()
+        qtensor = quantize(weight, choose_qparams(weight, spec), spec)
+        ends.quantised[module], ends.kinds[module] = qtensor, kind
+        ends.tensors.update(site_tensors(module, qtensor))
+    if recipe.embedding is not None and adapter.head_name is None:
+        ends.tied[_path_of_head(adapter)] = adapter.embedding_name
+    return ends
+
+
+def _path_of_head(adapter: ModelAdapter) -> str:
+    head = adapter.model.get_output_embeddings()
+    return next(name for name, module in adapter.model.named_modules() if module is head)
+
+
+def _spec(section: EndSection, model_dtype: torch.dtype) -> QuantSpec:
+    keys = section.model_dump()
+    return WeightSection(**keys, symmetric=True).spec(model_dtype)

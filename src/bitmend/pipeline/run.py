@@ -1,0 +1,230 @@
+"""One run from a model folder to a smaller model folder: check the request, calibrate, quantise, write, report."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmend.calibrate.data import CalibrationSet, Split, load_calibration
+from bitmend.errors import GuardError, RecipeError, RequestError, nearest_name
+from bitmend.formats.ledger import ledger
+from bitmend.formats.manifest import ManifestEntry, quantization_config
+from bitmend.formats.native import site_tensors
+from bitmend.formats.writer import CheckpointWriter
+from bitmend.models.find import find_adapter
+from bitmend.models.loading import resolve_model
+from bitmend.models.tokenizer import load_tokenizer
+from bitmend.numerics.granularity import num_groups
+from bitmend.numerics.qtensor import QTensor
+from bitmend.pipeline.ends import check_ends, quantise_ends
+from bitmend.pipeline.quantize import quantise_blocks, trace_batch
+from bitmend.pipeline.recipe import Recipe, load_recipe
+from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress, TokenBatch
+
+LONGEST_DEFAULT_SEQUENCE = 2048
+TOKENS_PER_BATCH = 4096
+DEGRADED_SHARE = 0.05
+
+
+def quantize(
+    model: str | Path,
+    recipe: str | Path | Recipe = "gptq",
+    calibration: Sequence[str | Path] = (),
+    *,
+    output: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    activations_on_disk: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Quantise a model folder into a new model folder.
+
+    Args:
+        model: a local folder with a full-precision model, or a hub name.
+        recipe: the name of a shipped recipe or of a solver, a `.toml` file, or a `Recipe`.
+        calibration: text files, JSON lines, token arrays or `hf:` names; not needed by data-free solvers.
+        output: the folder to be; None: `./MODEL-RECIPE`.
+        overrides: recipe keys to replace, for example `{"weights.bits": 3, "solver.damping": 0.05}`.
+        overwrite: replace an existing output folder (at the very end).
+        device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is one.
+        activations_on_disk: keep the calibration activations memory-mapped beside the output.
+        trust_remote_code: let transformers run code that comes with the model.
+        progress: where progress is shown; None shows nothing.
+
+    Returns:
+        The report that is also written to `run.json`.
+
+    Raises:
+        RequestError: the request cannot be carried out as it stands; nothing was written.
+        NumericsError: NaN or Inf in weights or activations; nothing is left behind.
+        FactorizationError: moments that stay indefinite; names the site.
+        GuardError: more than 5 % of the sites did not get what was asked for; the output is complete and says which.
+    """
+    started = time.perf_counter()
+    progress = progress or SilentProgress()
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if isinstance(recipe, Recipe) and overrides:
+        raise RequestError("overrides go with the name of a recipe; change the Recipe object itself instead")
+    place = choose_device(device)
+    folder = resolve_model(model)
+    target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
+    adapter = find_adapter(folder, device=place, trust_remote_code=trust_remote_code)
+    check_recipe_fits(plan, adapter)
+    check_ends(adapter, plan)
+    rows = _calibration_rows(plan, adapter, calibration, progress)
+    report = RunReport(
+        model=str(model),
+        recipe=plan.model_dump(exclude_none=True),
+        versions=versions(),
+        calibration={} if rows is None else rows.summary(),
+        output=str(target),
+    )
+    with CheckpointWriter(folder, target, overwrite) as writer:
+        directory = writer.partial / "activations" if activations_on_disk else None
+        entries: dict[str, ManifestEntry] = {}
+        blocks = quantise_blocks(
+            adapter, plan, _batches(rows), report, progress, device=place, directory=directory
+        )
+        for block in blocks:
+            tensors = dict(block.rest)
+            for name, qtensor in block.sites.items():
+                tensors |= site_tensors(name, qtensor)
+                entries[name] = _entry(qtensor, block.kinds[name])
+            writer.add(block.name, tensors)
+        ends = quantise_ends(adapter, plan)
+        for name, qtensor in ends.quantised.items():
+            entries[name] = _entry(qtensor, ends.kinds[name])
+        writer.add("outside", ends.tensors)
+        report.seconds["total"] = time.perf_counter() - started
+        report.peak_memory_bytes = peak_memory_bytes()
+        report.status = "done"
+        config = quantization_config(entries, tied=ends.tied, provenance=_provenance(report))
+        writer.finish(config, {"run.json": asdict(report), "recipe.toml": plan.to_toml()})
+    account = ledger(target)
+    report.bits = {"quantised_layers": account.bits_per_weight or 0.0, "whole_model": account.bits_per_weight_model}
+    _guard(report)
+    return report
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the torch device of `auto`, `cpu` or `cuda`.
+
+    Raises:
+        RequestError: another word, or CUDA where there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"device must be auto, cpu or cuda; got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device cuda was asked for, but this torch sees no CUDA device; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
+    """Check every grid against every site before anything is computed.
+
+    The sites of the first block stand for those of all blocks: blocks of one model differ in their position only.
+
+    Raises:
+        RecipeError: a group size that does not fit a site (named), an override that matches nothing.
+    """
+    adapter.load_block(0)
+    sites = adapter.describe_block(0, trace_batch()).sites
+    adapter.release_block(0)
+    first = adapter.block_names[0]
+    names = [block + site.name.removeprefix(first) for block in adapter.block_names for site in sites]
+    for site in sites:
+        spec = recipe.scheme(site.name, adapter.dtype)
+        if spec is not None:
+            try:
+                num_groups(spec.granularity, site.shape[1])
+            except RecipeError as error:
+                raise RecipeError(f"{site.name}: {error}") from error
+    for override in recipe.overrides:
+        if not any(override.matches(name) for name in names):
+            hint = nearest_name(override.targets[0], names[: len(sites)])
+            raise RecipeError(f"the override for {override.targets} matches no site of the model{hint}")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("bitmend", "torch", "transformers", "safetensors", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _calibration_rows(
+    recipe: Recipe, adapter: ModelAdapter, sources: Sequence[str | Path], progress: Progress
+) -> CalibrationSet | None:
+    if not recipe.build_solver().needs and not sources:
+        return None
+    if not sources:
+        raise RequestError(
+            f"the recipe {recipe.name!r} needs calibration data, but none came; pass --calibration FILE (text, .jsonl, .npy)"
+        )
+    context = getattr(adapter.model.config, "max_position_embeddings", None) or LONGEST_DEFAULT_SEQUENCE
+    wanted = recipe.calibration
+    length = wanted.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
+    if length > context:
+        raise RequestError(f"sequence_length must be at most the model's context of {context} tokens; got {length}")
+    rows = load_calibration(
+        sources,
+        load_tokenizer(adapter.folder),
+        sequences=wanted.sequences,
+        sequence_length=length,
+        held_out=wanted.held_out,
+        seed=wanted.seed,
+    )
+    progress.say(
+        f"calibration: {len(rows)} sequences, {rows.num_tokens} tokens, {rows.num_held_out} sequences held out, "
+        f"sha256 {rows.fingerprint[:12]}"
+    )
+    return rows
+
+
+def _batches(rows: CalibrationSet | None) -> list[tuple[TokenBatch, bool]]:
+    if rows is None:
+        return []
+    size = max(1, TOKENS_PER_BATCH // max(row.numel() for row in rows.rows))
+    splits = rows.split_of_batch(size)
+    return [(batch, split is Split.HELD_OUT) for batch, split in zip(rows.batches(size), splits, strict=True)]
+
+
+def _entry(qtensor: QTensor, kind: str) -> ManifestEntry:
+    out, width = qtensor.codes.shape
+    return ManifestEntry(qtensor.spec, (out, width), kind)
+
+
+def _provenance(report: RunReport) -> dict[str, Any]:
+    return {"recipe": report.recipe, "versions": report.versions, "calibration": report.calibration}
+
+
+def _guard(report: RunReport) -> None:
+    """Fail a run in which too many sites did not get what was asked for."""
+    degraded = [event for event in report.events if event.degrades]
+    sites = sum(len(block.sites) for block in report.blocks) + sum(event.kind == "unread" for event in degraded)
+    if sites and len(degraded) > DEGRADED_SHARE * sites:
+        raise GuardError(
+            f"{len(degraded)} of {sites} sites did not get what was asked for (first: {degraded[0].where}: "
+            f"{degraded[0].message}); {report.output} is complete and its run.json names them all"
+        )
