@@ -16,6 +16,8 @@ from bitmend import assets
 README = Path(__file__).parent.parent / "README.md"
 SHELLS = {"bash", "sh", "shell", "console"}
 MOST_NOT_RUN = 3
+# No network; and one thread, because small models on busy cores only wait for more.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -70,7 +72,7 @@ def test_blocks_run_in_order(tmp_path):
         done = subprocess.run(
             block.command(),
             cwd=tmp_path,
-            env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "BITMEND_CACHE": str(tmp_path / "cache")},
+            env={**os.environ, **ENVIRONMENT, "PATH": path, "BITMEND_CACHE": str(tmp_path / "cache")},
             capture_output=True,
             text=True,
             timeout=300,

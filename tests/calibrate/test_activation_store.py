@@ -1,5 +1,6 @@
 import errno
 import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -111,24 +112,34 @@ def test_a_forgotten_store_cleans_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def anonymous_bytes():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+def mapped_files(folder):
+    """(resident bytes, of these anonymous) of each mapping of a file in `folder`."""
+    found, current = [], {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key:
+            current = {}
+            if str(folder) in line:
+                found.append(current)
+        else:
+            current[key] = values
+    return [(int(one["Rss:"][0]) * 1024, int(one["Anonymous:"][0]) * 1024) for one in found]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of the process")
-def test_on_disk_the_data_take_no_anonymous_memory(tmp_path):
-    size, count = 8 * 2**20, 8
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's account of the process")
+def test_on_disk_the_data_take_no_memory_of_the_process(tmp_path):
+    size = 2**20
     with ActivationStore(tmp_path) as store:
-        store.append(torch.full((size,), 0, dtype=torch.uint8))
-        assert int(store[0].sum()) == 0
-        gc.collect()
-        before = anonymous_bytes()
-        for value in range(1, count):
-            store.append(torch.full((size,), value, dtype=torch.uint8))
+        for value in range(4):
+            tensor = torch.full((size,), value, dtype=torch.uint8)
+            given_in = weakref.ref(tensor)
+            store.append(tensor)
+            del tensor
+            assert given_in() is None
+        assert mapped_files(tmp_path) == []
         kept = list(store)
-        assert [int(tensor.max()) for tensor in kept] == list(range(count))  # every page was read
-        assert anonymous_bytes() - before < 2 * size
+        assert [int(one.max()) for one in kept] == [0, 1, 2, 3]  # every page was read
+        assert mapped_files(tmp_path) == [(size, 0)] * 4
 
 
 def test_a_full_disk_is_told_and_keeps_the_old_tensor(tmp_path, monkeypatch):

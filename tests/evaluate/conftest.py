@@ -19,11 +19,11 @@ CONTEXT = 16
 def make_tokenizer(begins: bool = False, shift: int = 0) -> PreTrainedTokenizerFast:
     """Word "w7" is token 7 (+ shift, around); token 0 is the beginning of text."""
     words = {f"w{number}": 1 + (number - 1 + shift) % (VOCABULARY - 1) for number in range(1, VOCABULARY)} | {"<s>": 0}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w1"))
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<s>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     if begins:
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>")
 
 
 def make_config(**changes) -> LlamaConfig:

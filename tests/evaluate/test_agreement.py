@@ -30,9 +30,8 @@ def test_two_tokens_over_three_words():
 def test_it_equals_brute_force_in_float64(tokens, vocabulary, seed, distance):
     reference, model = pair(tokens, vocabulary, seed, distance)
     log_p, log_q = reference.double().log_softmax(1).numpy(), model.double().log_softmax(1).numpy()
-    expected = [
-        sum(math.exp(a) * (a - b) for a, b in zip(*rows, strict=True)) for rows in zip(log_p, log_q, strict=True)
-    ]
+    rows = zip(log_p, log_q, strict=True)
+    expected = [sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)) for p, q in rows]
     assert kl_divergence(reference, model).tolist() == pytest.approx(expected, rel=1e-5, abs=3e-7)
 
 

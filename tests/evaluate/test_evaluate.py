@@ -103,7 +103,7 @@ def test_fewer_windows_than_asked_are_said(text, reference, spoken):
 
 
 def test_bad_requests_are_told(lab, text, reference, tmp_path):
-    with pytest.raises(RequestError, match="at least one model, one text .* but 0 models, 1 texts"):
+    with pytest.raises(RequestError, match=r"at least one model, one text .* but 0 models, 1 texts"):
         score([], text)
     with pytest.raises(ModelError, match="nothing"):
         score([reference, tmp_path / "nothing"], text)

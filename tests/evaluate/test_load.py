@@ -69,7 +69,7 @@ def test_missing_superfluous_and_misshapen_tensors_are_refused(copy):
 def test_a_file_that_is_cut_short_is_refused(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="a complete checkpoint .* is required, but loading failed"):
+    with pytest.raises(CheckpointError, match=r"a complete checkpoint .* is required, but loading failed"):
         load(copy)
 
 

@@ -60,7 +60,7 @@ def test_bfloat16_logits_are_scored_in_float32():
 @given(st.integers(1, 100), st.integers(1, 2**23))
 def test_chunks_cover_all_tokens_and_are_bounded(tokens, vocabulary):
     rows = [list(range(tokens))[chunk] for chunk in token_chunks(tokens, vocabulary)]
-    assert sum(rows, []) == list(range(tokens))
+    assert [token for chunk in rows for token in chunk] == list(range(tokens))
     assert all(len(chunk) * vocabulary <= max(vocabulary, module.CHUNK_ELEMENTS) for chunk in rows)
 
 

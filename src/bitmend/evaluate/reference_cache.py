@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ class ReferenceCache:
             temporary.replace(path)
             self._shrink(keep=path)
         except (SafetensorError, OSError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             self.say(f"the reference is not cached: {self.folder} cannot be written ({error})")
 
     def _path(self, key: str) -> Path:

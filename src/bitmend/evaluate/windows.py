@@ -92,7 +92,9 @@ def _token_stream(path: Path, tokenizer: Any, limit: int | None) -> np.ndarray:
         raw = raw[: raw.rfind(b"\n") + 1] or without_cut_character(raw)
     ids = encode(tokenizer, decode_utf8(raw, str(path)))
     begin = tokenizer.bos_token_id
-    # Asked with a letter: some tokenizers return nothing at all for an empty text.
-    if begin is not None and tokenizer("a")["input_ids"][:1] == [begin]:
+    # Asked with a letter: some tokenizers return nothing at all for an empty text. The letter itself may be unknown,
+    # and the token for that may be the beginning of text, hence the comparison of lengths.
+    probe = tokenizer("a")["input_ids"]
+    if begin is not None and probe[0] == begin and len(probe) > len(encode(tokenizer, "a")):
         ids = np.concatenate([np.array([begin], dtype=np.int64), ids])
     return ids

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bitmend.errors import ExportError
 from bitmend.formats.load import load
+from bitmend.runtime.embedding import QuantEmbedding
+from bitmend.runtime.linear import QuantLinear
 
 # Largest accepted root mean square of the difference, over that of the logits. Both sides multiply by the same weights
 # and differ only in the order of sums, which in half precision is visible.
@@ -52,13 +54,13 @@ def compare_logits(source: Path, export: Path, dtype: torch.dtype | None = None)
     found = _logits_of_export(export, ids, dtype)
     if found.shape != expected.shape:
         raise ExportError(
-            f"reopened, {export.name} gives logits of shape {found.shape}; {expected.shape} were expected"
+            f"reopened, the export gives logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
         )
     error = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
     if not error <= _TOLERANCE[dtype]:  # written so that NaN fails
         raise ExportError(
-            f"reopened by its own reader, {export.name} gives other logits than {source}: relative difference "
-            f"{error:.2e}, allowed {_TOLERANCE[dtype]:.0e}; the export was removed"
+            f"reopened by its own reader, the export gives other logits than {source}: relative difference "
+            f"{error:.2e}, allowed {_TOLERANCE[dtype]:.0e}; it was removed"
         )
     return error
 
@@ -79,7 +81,8 @@ def _logits_of_export(export: Path, ids: Tensor, dtype: torch.dtype) -> Float[Te
 
 
 def _fits_float32(model: torch.nn.Module) -> bool:
-    weights = sum(module.shape[0] * module.shape[1] for module in model.modules() if hasattr(module, "packed"))
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
+    weights = sum(module.shape[0] * module.shape[1] for module in packed)
     dense = 4 * (weights + sum(parameter.numel() for parameter in model.parameters()))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return dense < free / 2

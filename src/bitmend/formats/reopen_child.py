@@ -31,7 +31,6 @@ def open_by_decompressor(folder: str, dtype: Any) -> Any:
     Raises:
         RuntimeError: tensors are missing or left over.
     """
-    import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_targets
@@ -43,6 +42,7 @@ def open_by_decompressor(folder: str, dtype: Any) -> Any:
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     targets = {target: scheme for scheme in quantization.config_groups.values() for target in scheme.targets}
+    left = set(model.state_dict()) - set(model.all_tied_weights_keys)
     for file in Path(folder).glob("*.safetensors"):
         tensors = load_file(file)
         modules: dict[str, dict[str, Any]] = {}
@@ -54,11 +54,13 @@ def open_by_decompressor(folder: str, dtype: Any) -> Any:
             parts["weight_scale"] = parts["weight_scale"].to(dtype)  # as readers do
             compressor = BaseCompressor.get_value_from_registry(scheme.format)
             tensors[f"{name}.weight"] = compressor.decompress(parts, scheme)["weight"]
-        report = model.load_state_dict(tensors, strict=False)
-        if report.unexpected_keys:
-            raise RuntimeError(f"left over: {report.unexpected_keys}")
-        with torch.no_grad():
-            model.tie_weights()
+        unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+        left -= set(tensors)
+        if unexpected:
+            raise RuntimeError(f"left over: {unexpected}")
+    if left:
+        raise RuntimeError(f"missing: {sorted(left)}")
+    model.tie_weights()
     return model
 
 

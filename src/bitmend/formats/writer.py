@@ -113,7 +113,7 @@ class CheckpointWriter:
         documents: Mapping[str, str | Mapping[str, Any]],
         *,
         config_changes: Mapping[str, Any] | None = None,
-        check: Callable[[Path], None] | None = None,
+        check: Callable[[Path], object] | None = None,
     ) -> Path:
         """Assemble the folder and rename it to OUTPUT.
 

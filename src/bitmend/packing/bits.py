@@ -101,7 +101,7 @@ def _unpack_rows(words: Tensor, bits: int) -> Tensor:
     if _WORD % bits == 0:  # no code straddles: stay in 32 bits; the mask removes the copies of the sign bit
         shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)
         unsigned = (words.unsqueeze(2) >> shifts).bitwise_and_(2**bits - 1)
-        return unsigned.sub_(2 ** (bits - 1)).view(rows, -1).to(torch.int8)
+        return unsigned.sub_(2 ** (bits - 1)).reshape(rows, -1).to(torch.int8)
     sections = -(-words.shape[1] // bits)
     padded = torch.zeros(rows, sections * bits, dtype=torch.int64, device=words.device)
     padded[:, : words.shape[1]] = words.to(torch.int64) & _LOW_HALF
@@ -109,7 +109,7 @@ def _unpack_rows(words: Tensor, bits: int) -> Tensor:
     word, offset = _places(bits, words.device)
     high = padded[:, :, (word + 1).clamp_(max=bits - 1)] << _WORD
     unsigned = ((padded[:, :, word] | high) >> offset) & (2**bits - 1)
-    return unsigned.sub_(2 ** (bits - 1)).view(rows, -1).to(torch.int8)
+    return unsigned.sub_(2 ** (bits - 1)).reshape(rows, -1).to(torch.int8)
 
 
 def _places(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,300 @@
+"""The command line. Exit codes: 0 done, 1 the run failed or broke its own guard, 2 the request was wrong, 130 Ctrl-C.
+
+Commands import what they need when they run, so that `bitmend --help` answers at once.
+"""
+
+import json
+import os
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitmend.errors import QuantizationError, RequestError
+
+app = typer.Typer(
+    help="Compress trained networks to 4 bits and below, repair the damage, prove the repair.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(StrEnum):
+    """Where networks run."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Listing(StrEnum):
+    """What `bitmend list` can list."""
+
+    SOLVERS = "solvers"
+    TRANSFORMS = "transforms"
+    REPARAMETERISATIONS = "reparameterisations"
+    COMPENSATORS = "compensators"
+    RECIPES = "recipes"
+    MODELS = "models"
+    FORMATS = "formats"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="A local model folder or a hub name.", show_default=False)]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe, a solver's name, or a .toml file.")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="Width of a code, 1 to 8 (weights.bits).")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Input channels that share a scale; -1: one per output channel.")
+    ] = None,
+    assignment: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a recipe key, for example solver.damping=0.05.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="Text, .jsonl, .npy or hf:NAME; may be given again.")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(help="Calibration rows.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration row.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which rows are drawn and which are held out.")] = None,
+    device: DeviceOption = Device.AUTO,
+    output: Annotated[Path | None, typer.Option(help="The folder to be; ./MODEL-RECIPE unless given.")] = None,
+    overwrite: OverwriteOption = False,
+    activations_on_disk: Annotated[
+        bool, typer.Option("--activations-on-disk", help="Keep calibration activations on disk, not in memory.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the request, show the recipe, write nothing.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the model.")
+    ] = False,
+    quiet: QuietOption = False,
+    log_json: Annotated[Path | None, typer.Option(help="Write the run report to this file too.")] = None,
+) -> None:
+    """Quantise a model into a new folder that transformers loads."""
+    from bitmend.pipeline import run
+    from bitmend.pipeline.recipe import load_recipe, parse_assignments
+
+    keys = parse_assignments(assignment or [])
+    short = {
+        "weights.bits": bits,
+        "weights.group_size": group_size,
+        "calibration.sequences": sequences,
+        "calibration.sequence_length": sequence_length,
+        "calibration.seed": seed,
+    }
+    keys |= {key: value for key, value in short.items() if value is not None}
+    plan = load_recipe(recipe, keys)
+    options: dict[str, Any] = {
+        "output": output,
+        "overwrite": overwrite,
+        "device": device.value,
+        "trust_remote_code": trust_remote_code,
+    }
+    if dry_run:
+        target = run.check_request(model, plan, calibration or (), **options)
+        typer.echo(f"# would write {target}\n{plan.to_toml()}", nl=False)
+        return
+    report = run.quantize(
+        model, plan, calibration or (), activations_on_disk=activations_on_disk, progress=_progress(quiet), **options
+    )
+    if log_json is not None:
+        _write_json(log_json, run.report_to_json(report))
+    _show_run(report)
+    run.check_guard(report)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub names.", show_default=False)],
+    text: Annotated[list[Path] | None, typer.Option(help="A UTF-8 text; may be given again.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The model to compare with, usually the original.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of each text; 0 for all.", min=0)] = 160,
+    window_length: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows that run at once.", min=1)] = 8,
+    device: DeviceOption = Device.AUTO,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Score models on texts: perplexity, and agreement with a reference."""
+    from bitmend.evaluate.evaluate import evaluate as score
+    from bitmend.pipeline.run import choose_device
+
+    if not text:
+        raise RequestError("evaluate needs at least one text, but none came; pass --text FILE")
+    report = score(
+        models,
+        texts=text,
+        reference=reference,
+        windows=windows or None,
+        window_length=window_length,
+        batch_size=batch_size,
+        device=choose_device(device.value),
+        progress=_progress(quiet),
+    )
+    if json_file is not None:
+        _write_json(json_file, report.to_dict())
+    _show_evaluation(report)
+
+
+@app.command()
+def inspect(model: ModelArgument, json_file: JsonOption = None) -> None:
+    """Count the bits of a checkpoint from its saved bytes."""
+    from bitmend.formats.ledger import ledger
+    from bitmend.models.loading import resolve_model
+
+    account = ledger(resolve_model(model))
+    if json_file is not None:
+        _write_json(json_file, account.to_json())
+    _show_ledger(str(model), account)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="What to continue.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="New tokens.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Continue a text with a model."""
+    from bitmend.evaluate.generation import generate_text
+    from bitmend.pipeline.run import choose_device
+
+    text = generate_text(
+        model, prompt, tokens=tokens, temperature=temperature, seed=seed, device=choose_device(device.value)
+    )
+    typer.echo(text)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    format_name: Annotated[str, typer.Option("--format", help="compressed-tensors.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The folder to be.", show_default=False)],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a bitmend checkpoint in another tool's format, read it back with that tool, compare the logits."""
+    from bitmend.models.loading import resolve_model
+    from bitmend.protocols import FORMATS
+
+    events = FORMATS[format_name]().export(resolve_model(model), output, overwrite=overwrite)
+    for event in events:
+        typer.echo(f"{event.where}: {event.message}", err=True)
+    typer.echo(f"wrote {output}; read back with its own reader, logits agree")
+
+
+@app.command(name="list")
+def list_parts(kind: Annotated[Listing | None, typer.Argument(help="One kind; all of them unless given.")] = None) -> None:
+    """List the parts that recipes can name."""
+    from bitmend.report.listing import listing
+    from bitmend.report.terminal import print_table
+
+    for name in [kind] if kind is not None else list(Listing):
+        print_table(name.value, ("name", "what it does", "source"), listing(name.value))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the quantised models go.")] = Path("out/demo"),
+    bits: Annotated[int, typer.Option(help="Width of a code.", min=1, max=8)] = 3,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the main job on the embedded model: quantise, load, measure, compare."""
+    from bitmend.report.demo import run_demo
+
+    run_demo(output, bits=bits, progress=_progress(quiet))
+
+
+def main() -> None:
+    """Run the command line and leave with the exit code that the outcome asks for."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _be_quiet_about_libraries()
+    try:
+        code = app(args=arguments, prog_name="bitmend", standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        typer.echo("stopped; nothing unfinished was left behind", err=True)
+        code = 130
+    except QuantizationError as error:
+        code = _fail(f"error: {error}", error.exit_code, debug)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: one sentence for the user, the rest with --debug
+        code = _fail_unexpectedly(error, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    typer.echo(sentence, err=True)
+    return code
+
+
+def _fail_unexpectedly(error: Exception, debug: bool) -> int:
+    show = getattr(error, "show", None)
+    if show is not None:  # a usage error of the option parser: it knows how to print itself
+        show()
+        return int(getattr(error, "exit_code", 2))
+    name = type(error).__name__
+    return _fail(f"error: unexpected {name}: {error} (run again with --debug for the traceback)", 1, debug)
+
+
+def _be_quiet_about_libraries() -> None:
+    """Keep the progress bars and advice of transformers off our own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def _progress(quiet: bool) -> Any:
+    from bitmend.protocols import SilentProgress
+    from bitmend.report.terminal import TerminalProgress
+
+    return SilentProgress() if quiet else TerminalProgress()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"the result could not be written to {path}: {error.strerror}") from error
+
+
+def _show_run(report: Any) -> None:
+    from bitmend.report.summary import run_lines
+
+    for line in run_lines(report):
+        typer.echo(line)
+
+
+def _show_evaluation(report: Any) -> None:
+    from bitmend.report.summary import evaluation_rows
+    from bitmend.report.terminal import print_table
+
+    header, rows = evaluation_rows(report)
+    print_table("", header, rows)
+
+
+def _show_ledger(model: str, account: Any) -> None:
+    from bitmend.report.summary import ledger_rows, scheme_rows
+    from bitmend.report.terminal import print_table
+
+    header, rows = ledger_rows(account)
+    print_table(model, header, rows)
+    header, rows = scheme_rows(account)
+    if rows:
+        print_table("schemes", header, rows)
