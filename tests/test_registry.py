@@ -14,7 +14,7 @@ def test_parts_are_found_without_being_imported():
 
 
 def test_a_mistyped_name_offers_the_nearest():
-    with pytest.raises(UnknownNameError, match="no solver is called 'gtpq'; did you mean 'gptq'?"):
+    with pytest.raises(UnknownNameError, match=r"no solver is called 'gtpq'; did you mean 'gptq'\?"):
         SOLVERS["gtpq"]
 
 

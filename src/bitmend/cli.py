@@ -73,7 +73,9 @@ def quantize(
     activations_on_disk: Annotated[
         bool, typer.Option("--activations-on-disk", help="Keep calibration activations on disk, not in memory.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the request, show the recipe, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the request, show the recipe, write nothing.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the model.")
     ] = False,
@@ -195,7 +197,9 @@ def export(
 
 
 @app.command(name="list")
-def list_parts(kind: Annotated[Listing | None, typer.Argument(help="One kind; all of them unless given.")] = None) -> None:
+def list_parts(
+    kind: Annotated[Listing | None, typer.Argument(help="One kind; all of them unless given.")] = None,
+) -> None:
     """List the parts that recipes can name."""
     from bitmend.report.listing import listing
     from bitmend.report.terminal import print_table
@@ -211,7 +215,7 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Run the main job on the embedded model: quantise, load, measure, compare."""
-    from bitmend.report.demo import run_demo
+    from bitmend.demo import run_demo
 
     run_demo(output, bits=bits, progress=_progress(quiet))
 
@@ -232,7 +236,7 @@ def main() -> None:
         code = 130
     except QuantizationError as error:
         code = _fail(f"error: {error}", error.exit_code, debug)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: one sentence for the user, the rest with --debug
+    except Exception as error:
         code = _fail_unexpectedly(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -18,7 +18,6 @@ from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.registry import Registry
 from bitmend.sites import Block, LinearSite
 
-
 ItemT = TypeVar("ItemT")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitmend.evaluate import reference_cache as module
 from bitmend.evaluate.reference_cache import ReferenceCache, checksum, default_folder, digest_of, model_fingerprint
 
 
@@ -91,7 +92,7 @@ def test_digests_do_not_depend_on_order_but_on_values():
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_fingerprint_changes_with_weights_and_config(tmp_path, monkeypatch, whole):
     if not whole:
-        monkeypatch.setattr("bitmend.evaluate.reference_cache.HASHED_WHOLE_BYTES", 0)
+        monkeypatch.setattr(module, "HASHED_WHOLE_BYTES", 0)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     seen = [model_fingerprint(tmp_path), model_fingerprint(tmp_path)]

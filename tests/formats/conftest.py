@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from bitmend.formats.native import ManifestEntry, quantization_config, site_tensors
 from bitmend.formats.writer import CheckpointWriter
@@ -52,8 +51,9 @@ def build(family: str, dtype: torch.dtype, tied: bool) -> transformers.PreTraine
         model = transformers.LlamaForCausalLM(config)
     else:
         config = transformers.GPT2Config(
-            vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=tied
-        )
+            vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=tied, bos_token_id=0,
+            eos_token_id=1,
+        )  # fmt: skip
         model = transformers.GPT2LMHeadModel(config)
     with torch.no_grad():  # zero biases would hide a bias that is not loaded
         for name, parameter in model.named_parameters():

@@ -57,7 +57,9 @@ def test_the_damping_climbs_the_ladder():
 
 def test_an_indefinite_matrix_is_refused_with_the_numbers():
     G = torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64))
-    with pytest.raises(FactorizationError, match=r"stays indefinite with damping up to 0.5 \(smallest eigenvalue -3.00e\+00"):
+    with pytest.raises(
+        FactorizationError, match=r"stays indefinite with damping up to 0.5 \(smallest eigenvalue -3.00e\+00"
+    ):
         factor_inverse(G, 0.01, "natural")
 
 

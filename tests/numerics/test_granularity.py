@@ -27,7 +27,9 @@ def test_columns_know_their_group():
 
 
 def test_a_width_that_the_group_does_not_divide_names_the_divisors():
-    with pytest.raises(RecipeError, match="group_size 128 for 172 input channels, whose divisors are 1, 2, 4, 43, 86, 172"):
+    with pytest.raises(
+        RecipeError, match="group_size 128 for 172 input channels, whose divisors are 1, 2, 4, 43, 86, 172"
+    ):
         num_groups(PerGroup(128), 172)
     assert num_groups(PerGroup(128, ragged=True), 172) == 2
 

@@ -52,7 +52,9 @@ def test_the_example_of_the_docstring():
 
 
 @pytest.mark.parametrize("order", ["natural", "diagonal"])
-@pytest.mark.parametrize(("bits", "symmetric", "group_size"), [(4, True, -1), (3, False, 8), (2, True, 4), (1, False, 16)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group_size"), [(4, True, -1), (3, False, 8), (2, True, 4), (1, False, 16)]
+)
 def test_codes_equal_the_independent_slow_solver(make_layer, order, bits, symmetric, group_size):
     problem = make_layer(bits=bits, symmetric=symmetric, group_size=group_size, observer="mse").problem
     problem = replace(problem, weight=problem.weight.double())  # ties apart, both then compute in float64

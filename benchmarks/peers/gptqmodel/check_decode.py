@@ -1,6 +1,6 @@
-"""Compare `decode_gptq.py` with the weights that GPTQModel itself unpacks. Run by the Python of its environment:
+"""Compare `decode_gptq.py` with the weights that GPTQModel itself unpacks.
 
-    python check_decode.py CHECKPOINT
+Run by the Python of its environment: `python check_decode.py CHECKPOINT`.
 """
 
 import argparse
@@ -10,7 +10,6 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")
 
 import torch
 from decode_gptq import decode, read_checkpoint
-
 from gptqmodel import BACKEND, GPTQModel
 
 

@@ -14,9 +14,9 @@ and NAME.bias where there is one; everything that is not quantised is left out. 
 group_size, sym, desc_act and checkpoint_format.
 
 The packing, little end first: `qweight` int32 (in * bits / 32, out) along the input, `qzeros` int32
-(groups, out * bits / 32) along the output, `scales` (groups, out). 2, 4 and 8 bits put 32/bits codes in a word; 3 bits put
-32 codes in 3 words, where codes 10 and 21 cross a border, which is the same as one string of bits. Version 1 of the format
-stores zero - 1 modulo 2^bits; "gptq_v2" stores zero.
+(groups, out * bits / 32) along the output, `scales` (groups, out). 2, 4 and 8 bits put 32/bits codes in a word; 3 bits
+put 32 codes in 3 words, where codes 10 and 21 cross a border, which is the same as one string of bits. Version 1 of the
+format stores zero - 1 modulo 2^bits; "gptq_v2" stores zero. Planar layouts (5, 6, 7 bits) are not read.
 """
 
 import argparse
@@ -48,11 +48,11 @@ def read_checkpoint(folder):
     return tensors, config
 
 
-def module_bits(config, words, in_features):
+def module_bits(words, in_features):
     """Return the width of the module's codes from its shape; `dynamic` overrides make it differ from the config's."""
     bits, rest = divmod(words * 32, in_features)
-    if rest or not 1 <= bits <= 8:
-        raise ValueError(f"qweight of {words} words does not hold {in_features} codes of one width")
+    if rest or bits not in (2, 3, 4, 8):
+        raise ValueError(f"{words} words do not hold {in_features} codes of 2, 3, 4 or 8 bits")
     return bits
 
 
@@ -75,13 +75,14 @@ def decode(tensors, config):
             g_idx = torch.arange(in_features, dtype=torch.int32) // (in_features if size == -1 else size)
         else:
             g_idx = part["g_idx"].to(torch.int32)
-        bits = module_bits(config, part["qweight"].shape[0], len(g_idx))
+        bits = module_bits(part["qweight"].shape[0], len(g_idx))
         codes = torch.from_numpy(unpack(part["qweight"].numpy(), bits).T.copy())
         zero = torch.from_numpy(unpack(part["qzeros"].numpy().T, bits).astype(np.int32))
         if version == "gptq":
             zero = (zero + 1) % 2**bits
         if zero.shape != scale.shape or int(g_idx.max()) >= groups:
-            raise ValueError(f"{name}: zeros {tuple(zero.shape)}, scales {tuple(scale.shape)}, groups up to {g_idx.max()}")
+            shapes = f"zeros {tuple(zero.shape)}, scales {tuple(scale.shape)}"
+            raise ValueError(f"{name}: {shapes}, group numbers up to {g_idx.max()}")
         spread = g_idx.long()
         weight = (codes.float() - zero[:, spread].float()) * scale[:, spread]
         modules[name] = {"codes": codes, "scale": scale, "zero": zero, "g_idx": g_idx, "weight": weight}

@@ -30,11 +30,10 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # it needs three, and takes
 
 import numpy as np
 import torch
-from settings import quantize_config
-
 from gptqmodel.looper.named_module import NamedModule
 from gptqmodel.looper.native_processor import NATIVE_INPUTS_STATE_KEY
 from gptqmodel.quantization import GPTAQ, GPTQ
+from settings import quantize_config
 
 
 def solve(weight, inputs, native_inputs, options):

@@ -20,9 +20,8 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "3")  # it needs three, and takes
 
 import numpy as np
 import torch
-from settings import quantize_config
-
 from gptqmodel import BACKEND, GPTQModel
+from settings import quantize_config
 
 
 def main():

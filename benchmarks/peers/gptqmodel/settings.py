@@ -5,7 +5,7 @@ from gptqmodel.quantization.config import GPTAQConfig, HessianConfig
 
 
 def quantize_config(options):
-    """Return the configuration for `options`: bits, group_size, asymmetric, damping, desc_act, live_groups, method, alpha.
+    """Return the configuration for the parsed options of `dump_layer.py` or `quantise_gptqmodel.py`.
 
     Every field that changes the arithmetic is named here, also where 7.6.0 has the same default.
     """

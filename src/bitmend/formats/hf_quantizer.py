@@ -218,4 +218,4 @@ def _ignored(name: str, patterns: Any) -> bool:
 def _converts(model: PreTrainedModel) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    return bool(get_model_conversion_mapping(model))
+    return bool(get_model_conversion_mapping(model, add_legacy=False))

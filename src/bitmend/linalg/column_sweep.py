@@ -107,7 +107,9 @@ def column_sweep(
         pivots=[float(pivot) for pivot in factor.U.diagonal()],
         order=order.tolist(),
         rounder=rounder,
-        residual=None if residual is None else Residual(residual.P.to(weight.dtype), residual.strength.to(weight.dtype)),
+        residual=None
+        if residual is None
+        else Residual(residual.P.to(weight.dtype), residual.strength.to(weight.dtype)),
         leaf=leaf_columns,
     )
     state.run(0, len(state.columns))

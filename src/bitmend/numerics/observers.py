@@ -56,7 +56,7 @@ def choose_qparams(weight: Float[Tensor, "rows columns"], spec: QuantSpec) -> QP
 def _search(groups: Float[Tensor, "rows groups size"], spec: QuantSpec) -> QParams:
     """Choose one scale for each (row, group), a cache-sized piece of rows at a time."""
     rows_at_a_time = max(1, CHUNK_ENTRIES // max(1, groups[0].numel()))
-    parts = [_search_rows(part, spec) for part in groups.split(rows_at_a_time)]
+    parts = [_search_rows(part, spec) for part in torch.split(groups, rows_at_a_time)]
     zeros = [part.zero_point for part in parts if part.zero_point is not None]
     return QParams(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
 

@@ -1,6 +1,6 @@
 """A quantised matrix: codes, their scales, and the words that say how to read them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -26,12 +26,14 @@ class QuantSpec:
     """
 
     grid: UniformGrid
-    granularity: Granularity = PerChannel()
+    granularity: Granularity = field(default_factory=PerChannel)
     observer: ObserverName = "mse"
     scale_dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        size = f"g{self.granularity.size}" if isinstance(self.granularity, PerGroup) else type(self.granularity).__name__
+        size = (
+            f"g{self.granularity.size}" if isinstance(self.granularity, PerGroup) else type(self.granularity).__name__
+        )
         return f"{self.grid.bits} bit {'symmetric' if self.grid.symmetric else 'asymmetric'} {size}"
 
 

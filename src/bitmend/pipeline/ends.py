@@ -5,6 +5,7 @@ uses the embedding's table.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +43,10 @@ def check_ends(adapter: ModelAdapter, recipe: Recipe) -> None:
         RecipeError: a head section for a model whose head is tied, or a group size that does not fit.
     """
     if recipe.head is not None and adapter.head_name is None:
-        raise RecipeError("the model's head is tied to its embedding; set embedding.bits, which quantises both, not head.bits")
-    width = adapter.model.get_submodule(adapter.embedding_name).weight.shape[1]
+        raise RecipeError(
+            "the model's head is tied to its embedding; set embedding.bits, which quantises both, not head.bits"
+        )
+    width = adapter.model.get_submodule(adapter.embedding_name).get_parameter("weight").shape[1]
     for name, section in (("embedding", recipe.embedding), ("head", recipe.head)):
         if section is not None:
             try:
@@ -83,7 +86,8 @@ def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
 
 
 def _path_of_head(adapter: ModelAdapter) -> str:
-    head = adapter.model.get_output_embeddings()
+    model: Any = adapter.model
+    head = model.get_output_embeddings()
     return next(name for name, module in adapter.model.named_modules() if module is head)
 
 

@@ -135,7 +135,9 @@ def _factor_events(site: LinearSite, rows: _Rows) -> list[Event]:
     used = rows.both or rows.fit
     for factor in used.factors if used is not None else ():
         if factor.damping > factor.requested_damping:
-            message = f"the moments were indefinite with damping {factor.requested_damping}; solved with {factor.damping}"
+            message = (
+                f"the moments were indefinite with damping {factor.requested_damping}; solved with {factor.damping}"
+            )
             events.append(Event("damping_raised", site.name, message))
         if factor.dead_columns:
             message = f"{factor.dead_columns} of {site.shape[1]} inputs were zero on every calibration token"

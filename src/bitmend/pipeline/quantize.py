@@ -110,7 +110,9 @@ class _Loop:
                 y_q = streams.run(index, streams.x_q)
                 report.relative_error = streams.relative_error(run.y_fp, y_q)
             if report.relative_error != report.relative_error:  # NaN is the one number that differs from itself
-                raise NumericsError(f"the output of {block.name} must be finite, but holds NaN or Inf; nothing was saved")
+                raise NumericsError(
+                    f"the output of {block.name} must be finite, but holds NaN or Inf; nothing was saved"
+                )
             run.close()
             streams.advance(run.y_fp, y_q)
         report.seconds = time.perf_counter() - started
@@ -161,6 +163,11 @@ def trace_batch() -> TokenBatch:
 
 def _unread_events(block: Block) -> list[Event]:
     return [
-        Event("unread", f"{block.name}.{path}", "the layer never ran, so nothing is known of its input; not quantised", True)
+        Event(
+            "unread",
+            f"{block.name}.{path}",
+            "the layer never ran, so nothing is known of its input; not quantised",
+            True,
+        )
         for path in block.unread
     ]

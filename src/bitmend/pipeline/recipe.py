@@ -9,10 +9,10 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from bitmend.errors import RecipeError, RequestError, nearest_name
 from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup
@@ -56,7 +56,9 @@ class WeightSection(_Section):
 class OverrideSection(_Section):
     """Other keys for some sites; later overrides win over earlier ones."""
 
-    targets: list[str] = Field(min_length=1)  # full names; `re:` starts a regular expression that must match from the start
+    targets: list[str] = Field(
+        min_length=1
+    )  # full names; `re:` starts a regular expression that must match from the start
     skip: bool = False
     bits: int | None = Field(None, ge=1, le=8)
     group_size: int | None = None
@@ -73,7 +75,7 @@ class OverrideSection(_Section):
         )
 
     @model_validator(mode="after")
-    def _patterns_compile(self) -> Self:
+    def _patterns_compile(self) -> "OverrideSection":
         for target in self.targets:
             if target.startswith("re:"):
                 try:
@@ -114,7 +116,7 @@ class Recipe(_Section):
     head: EndSection | None = None  # of models whose head is not tied to the embedding
 
     @model_validator(mode="after")
-    def _parts_exist(self) -> Self:
+    def _parts_exist(self) -> "Recipe":
         self.build_solver()
         self.build_transforms()
         return self

@@ -1,11 +1,12 @@
 """One run from a model folder to a smaller model folder: check the request, calibrate, quantise, write, report."""
 
+import math
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,13 @@ def quantize(
         RequestError: the request cannot be carried out as it stands; nothing was written.
         NumericsError: NaN or Inf in weights or activations; nothing is left behind.
         FactorizationError: moments that stay indefinite; names the site.
-        GuardError: more than 5 % of the sites did not get what was asked for; the output is complete and says which.
+
+    A run in which more than 5 % of the sites did not get what was asked for is for the caller to refuse: `check_guard`.
     """
     started = time.perf_counter()
     progress = progress or SilentProgress()
-    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    if isinstance(recipe, Recipe) and overrides:
-        raise RequestError("overrides go with the name of a recipe; change the Recipe object itself instead")
-    place = choose_device(device)
-    folder = resolve_model(model)
-    target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
-    adapter = find_adapter(folder, device=place, trust_remote_code=trust_remote_code)
-    check_recipe_fits(plan, adapter)
-    check_ends(adapter, plan)
+    request = _Request.check(model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite)
+    plan, adapter, target = request.recipe, request.adapter, request.output
     rows = _calibration_rows(plan, adapter, calibration, progress)
     report = RunReport(
         model=str(model),
@@ -88,11 +83,11 @@ def quantize(
         calibration={} if rows is None else rows.summary(),
         output=str(target),
     )
-    with CheckpointWriter(folder, target, overwrite) as writer:
+    with CheckpointWriter(adapter.folder, target, overwrite) as writer:
         directory = writer.partial / "activations" if activations_on_disk else None
         entries: dict[str, ManifestEntry] = {}
         blocks = quantise_blocks(
-            adapter, plan, _batches(rows), report, progress, device=place, directory=directory
+            adapter, plan, _batches(rows), report, progress, device=request.device, directory=directory
         )
         for block in blocks:
             tensors = dict(block.rest)
@@ -108,11 +103,85 @@ def quantize(
         report.peak_memory_bytes = peak_memory_bytes()
         report.status = "done"
         config = quantization_config(entries, tied=ends.tied, provenance=_provenance(report))
-        writer.finish(config, {"run.json": asdict(report), "recipe.toml": plan.to_toml()})
+        writer.finish(config, {"run.json": report_to_json(report), "recipe.toml": plan.to_toml()})
     account = ledger(target)
     report.bits = {"quantised_layers": account.bits_per_weight or 0.0, "whole_model": account.bits_per_weight_model}
-    _guard(report)
     return report
+
+
+def check_request(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    calibration: Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Check everything that can be checked without running the model, and return the folder that would be written.
+
+    Raises:
+        RequestError: as `quantize` would.
+    """
+    request = _Request.check(model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite)
+    _calibration_rows(request.recipe, request.adapter, calibration, SilentProgress())
+    return request.output
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request that can be carried out."""
+
+    recipe: Recipe
+    adapter: ModelAdapter
+    output: Path
+    device: torch.device
+
+    @classmethod
+    def check(
+        cls,
+        model: str | Path,
+        recipe: str | Path | Recipe,
+        calibration: Sequence[str | Path],
+        output: str | Path | None,
+        overrides: Mapping[str, Any] | None,
+        device: str,
+        trust_remote_code: bool,
+        overwrite: bool,
+    ) -> "_Request":
+        if isinstance(recipe, Recipe) and overrides:
+            raise RequestError("overrides go with the name of a recipe; change the Recipe object itself instead")
+        plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+        place = choose_device(device)
+        folder = resolve_model(model)
+        target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
+        if target.exists() and not overwrite:  # the writer checks again; this answer comes before the model is opened
+            raise RequestError(f"the output folder {target} exists already; pass --overwrite to replace it")
+        if plan.build_solver().needs and not calibration:
+            raise RequestError(
+                f"the recipe {plan.name!r} needs calibration data, but none came; "
+                "pass --calibration FILE (text, .jsonl, .npy)"
+            )
+        adapter = find_adapter(folder, device=place, trust_remote_code=trust_remote_code)
+        check_recipe_fits(plan, adapter)
+        check_ends(adapter, plan)
+        return cls(plan, adapter, target, place)
+
+
+def report_to_json(report: RunReport) -> dict[str, Any]:
+    """Return a run report as JSON values; a number that is not finite becomes None."""
+    plain: dict[str, Any] = _finite(asdict(report))
+    return plain
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def choose_device(device: str) -> torch.device:
@@ -176,12 +245,8 @@ def peak_memory_bytes() -> int:
 def _calibration_rows(
     recipe: Recipe, adapter: ModelAdapter, sources: Sequence[str | Path], progress: Progress
 ) -> CalibrationSet | None:
-    if not recipe.build_solver().needs and not sources:
-        return None
     if not sources:
-        raise RequestError(
-            f"the recipe {recipe.name!r} needs calibration data, but none came; pass --calibration FILE (text, .jsonl, .npy)"
-        )
+        return None
     context = getattr(adapter.model.config, "max_position_embeddings", None) or LONGEST_DEFAULT_SEQUENCE
     wanted = recipe.calibration
     length = wanted.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
@@ -219,8 +284,12 @@ def _provenance(report: RunReport) -> dict[str, Any]:
     return {"recipe": report.recipe, "versions": report.versions, "calibration": report.calibration}
 
 
-def _guard(report: RunReport) -> None:
-    """Fail a run in which too many sites did not get what was asked for."""
+def check_guard(report: RunReport) -> None:
+    """Fail a run in which too many sites did not get what was asked for.
+
+    Raises:
+        GuardError: more than 5 % of the sites; the output is complete and its run.json names them.
+    """
     degraded = [event for event in report.events if event.degrades]
     sites = sum(len(block.sites) for block in report.blocks) + sum(event.kind == "unread" for event in degraded)
     if sites and len(degraded) > DEGRADED_SHARE * sites:

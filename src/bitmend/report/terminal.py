@@ -53,7 +53,9 @@ class TerminalProgress:
         self.say(f"{label}: {total} of {total} in {time.monotonic() - started:.1f} s")
 
 
-def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], console: Console | None = None) -> None:
+def print_table(
+    title: str, header: Sequence[str], rows: Iterable[Sequence[str]], console: Console | None = None
+) -> None:
     """Print a table to standard output; the first column is text, the others are numbers.
 
     Where standard output is no terminal, columns are separated by tabs, so that the table can be cut and pasted.

@@ -53,4 +53,3 @@ class Gptq:
         column_sweep(weight, factor, rounder)
         diagnostics = {"damping": factor.damping, "dead_columns": factor.dead_columns}
         return Solution(QTensor(rounder.codes(), qparams, spec), diagnostics)
-

@@ -70,7 +70,9 @@ def scaling_the_moments_changes_nothing(solver: SiteSolver, problem: Problem) ->
         replace(m, G=4 * m.G, C=None if m.C is None else 4 * m.C, D=None if m.D is None else 4 * m.D, _factors={})
         for m in (problem.fit, problem.held_out)
     ]
-    assert_same(solver.solve(problem).qtensor, solver.solve(replace(problem, fit=larger[0], held_out=larger[1])).qtensor)
+    assert_same(
+        solver.solve(problem).qtensor, solver.solve(replace(problem, fit=larger[0], held_out=larger[1])).qtensor
+    )
 
 
 def weight_on_its_own_grid_is_kept(solver: SiteSolver, problem: Problem) -> None:
@@ -86,7 +88,9 @@ def weight_on_its_own_grid_is_kept(solver: SiteSolver, problem: Problem) -> None
     if spec.observer == "percentile":
         return  # quantiles lie inside the range on purpose
     weight = levels * 0.25
-    no_residual = [None if m is None else replace(m, C=_zeros(m.C), D=_zeros(m.D)) for m in (problem.fit, problem.held_out)]
+    no_residual = [
+        None if m is None else replace(m, C=_zeros(m.C), D=_zeros(m.D)) for m in (problem.fit, problem.held_out)
+    ]
     moved = replace(problem, weight=weight, spec=spec, fit=no_residual[0], held_out=no_residual[1])
     assert torch.equal(solver.solve(moved).qtensor.dequantize(), weight)
 

@@ -1,0 +1,86 @@
+"""What the command line says at the end of a run, of an evaluation, of a ledger: plain lines and rows of text."""
+
+from collections.abc import Iterator
+
+from bitmend.evaluate.results import EvaluationReport
+from bitmend.formats.ledger import CATEGORIES, QUANTISED, Ledger
+from bitmend.protocols import RunReport, SiteReport
+from bitmend.report.terminal import number
+
+MOST_EVENTS = 8
+
+
+def run_lines(report: RunReport) -> Iterator[str]:
+    """Yield the summary of a run: events first, then what was proved, the bits, the time."""
+    yield from _event_lines(report)
+    sites = [site for block in report.blocks for site in block.sites]
+    proved = [site for site in sites if site.held_out_error is not None]
+    if proved:
+        yield _proof_line(proved)
+    bits = report.bits
+    yield (
+        f"{len(sites)} matrices quantised; {bits['quantised_layers']:.3f} bits per weight in them, "
+        f"{bits['whole_model']:.3f} in the whole model (from the saved bytes)"
+    )
+    yield f"wrote {report.output} in {report.seconds['total']:.1f} s, peak memory {report.peak_memory_bytes / 1e6:.0f} MB"
+
+
+def _event_lines(report: RunReport) -> Iterator[str]:
+    for event in report.events[:MOST_EVENTS]:
+        yield f"{event.kind} at {event.where}: {event.message}"
+    if len(report.events) > MOST_EVENTS:
+        yield f"... and {len(report.events) - MOST_EVENTS} more events in run.json"
+
+
+def _proof_line(proved: list[SiteReport]) -> str:
+    base = sum(site.base_held_out_error or 0.0 for site in proved) / len(proved)
+    ours = sum(min(site.held_out_error or 0.0, site.base_held_out_error or 0.0) for site in proved) / len(proved)
+    kept = sum(site.accepted for site in proved)
+    change = f"{(ours / base - 1) * 100:+.1f} %" if base else "no change"
+    return (
+        f"held-out error of a layer's output, mean over {len(proved)} matrices: {number(ours)} against {number(base)} for "
+        f"round-to-nearest at the same bits ({change}); {kept} of {len(proved)} candidates kept"
+    )
+
+
+def evaluation_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of an evaluation, one row for each model and text."""
+    header = ["model", "text", "windows", "perplexity"]
+    compared = report.reference is not None
+    if compared:
+        header += ["KL (nats)", "+-", "top-1 agreement"]
+    rows = []
+    for model in report.models:
+        for text in model.texts:
+            name = text.file.replace("\\", "/").rsplit("/", 1)[-1]
+            row = [model.model, name, f"{text.windows} x {text.window_length}", number(text.perplexity, 6)]
+            if compared:
+                row += [number(text.kl), number(text.kl_standard_error, 2), number(text.top1_agreement)]
+            rows.append(row)
+    return header, rows
+
+
+def ledger_rows(account: Ledger) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a ledger: bytes of each category, then the totals."""
+    rows = [
+        [name, f"{account.bits[name] / 8:,.0f}", f"{account.bits[name] / 8 / account.file_bytes:.1%}"]
+        for name in CATEGORIES
+        if account.bits.get(name)
+    ]
+    rows.append(["file", f"{account.file_bytes:,}", "100.0%"])
+    if account.bits_per_weight is not None:
+        rows.append(["bits per weight, quantised layers", f"{account.bits_per_weight:.4f}", ""])
+    rows.append(["bits per weight, whole model", f"{account.bits_per_weight_model:.4f}", ""])
+    return ["where the bytes are", "bytes", "share"], rows
+
+
+def scheme_rows(account: Ledger) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows that group the quantised modules by width of code."""
+    widths = sorted({row.code_bits for row in account.rows if row.code_bits is not None})
+    rows = []
+    for width in widths:
+        members = [row for row in account.rows if row.code_bits == width]
+        weights = sum(row.weights for row in members)
+        stored = sum(row.bits.get(category, 0) for row in members for category in QUANTISED)
+        rows.append([f"{width} bits", str(len(members)), f"{weights:,}", f"{stored / weights:.4f}"])
+    return ["codes", "matrices", "weights", "true bits per weight"], rows
