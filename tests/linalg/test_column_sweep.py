@@ -28,7 +28,7 @@ def case():
 
 def sweep(case, weight, qparams, residual=None, **options):
     rounder = UniformRounder(qparams, case.spec, tuple(weight.shape), weight.dtype)
-    column_sweep(weight, case.factor, rounder, residual, **options)
+    column_sweep(weight, case.factor, rounder, () if residual is None else (residual,), **options)
     return rounder.codes()
 
 

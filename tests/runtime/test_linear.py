@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bitmend.runtime import dispatch
 from bitmend.runtime.linear import QuantLinear
-from bitmend.runtime.packed import PackedWeight
 
 SHAPES = [(1, 1), (5, 3), (33, 32), (64, 31), (97, 130), (128, 64)]
 
@@ -75,33 +73,3 @@ def test_gradients_reach_the_input(random_qtensor, monkeypatch):
     inputs = torch.randn(3, 12, requires_grad=True)
     QuantLinear.from_qtensor(qtensor)(inputs).sum().backward()
     torch.testing.assert_close(inputs.grad, qtensor.dequantize().sum(0).expand(3, 12))
-
-
-def test_never_holds_the_whole_matrix(random_qtensor, monkeypatch):
-    monkeypatch.setattr("bitmend.runtime.packed._TILE_BYTES", 1)
-    heights = []
-    rows = PackedWeight.rows
-
-    def counted(self, start, stop, dtype):
-        heights.append(stop - start)
-        return rows(self, start, stop, dtype)
-
-    monkeypatch.setattr(PackedWeight, "rows", counted)
-    QuantLinear.from_qtensor(random_qtensor(100, 12))(torch.randn(1, 12))
-    assert heights == [32, 32, 32, 4]
-
-
-def test_the_first_kernel_that_accepts_is_used(random_qtensor, monkeypatch):
-    layer = QuantLinear.from_qtensor(random_qtensor(4, 8))
-    calls = []
-
-    def kernel(inputs, weight, bias):
-        calls.append(weight.shape)
-        return inputs.new_zeros(*inputs.shape[:-1], weight.shape[0])
-
-    row = dispatch.KernelRow("mine", lambda device, spec: spec.grid.bits == 4 and device.type == "cpu", kernel)
-    monkeypatch.setattr(dispatch, "LINEAR_KERNELS", [row, *dispatch.LINEAR_KERNELS])
-    assert layer(torch.ones(2, 8)).abs().sum() == 0
-    assert calls == [(4, 8)]
-    other = QuantLinear.from_qtensor(random_qtensor(4, 8, 3))
-    assert other(torch.ones(2, 8)).abs().sum() > 0

@@ -1,8 +1,8 @@
 """Score language models on texts: perplexity, and agreement with a reference.
 
-Networks run in float32 unless asked otherwise. bfloat16 is too coarse to judge good repairs by: on the books model the
-same network in bfloat16 is 9e-5 nats a token from itself in float32 (half of it from rounding the logits alone), while
-the float32 computation here is good to about 1e-7.
+Networks run in float32 unless asked otherwise. bfloat16 is too coarse to judge good repairs by: on the books model (16
+windows of 512 tokens of the validation text) the same network in bfloat16 is 9e-5 nats a token from itself in float32,
+half of it from rounding the logits alone. Rounding in the divergence itself, given float32 logits, is below 1e-7.
 """
 
 import time

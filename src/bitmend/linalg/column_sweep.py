@@ -4,11 +4,14 @@ The loop that GPTQ (arXiv:2210.17323), GPTAQ (arXiv:2504.02692) and their relati
 rounding order and w_k the column k as it stands when its turn comes:
 
     q_k = nearest level of w_k        e_k = (w_k - q_k) / U_kk
-    W_later -= e_k U_k,later + (strength of the row) * w_k P_k,later
+    W_later += - e_k U_k,later + (strength of the row) * s_k P_k,later      (for each residual term)
 
-The second term is the residual correction; P is None for GPTQ. Both terms use w_k from before rounding, everywhere, so
-that the answer does not depend on how the work is cut into blocks. (The public code of GPTAQ uses the rounded q_k across
-blocks, because it rounds in place; its answers depend on its block size.)
+Residual terms correct what earlier layers left behind; GPTQ has none. Their source s_k is the column itself, w_k (GPTAQ),
+or how far compensation has already carried it from the original weight, w0_k - w_k (the second term of ResComp).
+
+Everything uses w_k from before rounding, everywhere, so that the answer does not depend on how the work is cut into
+blocks. The public code of GPTAQ rounds in place, so that its source is w_k inside a block of 128 columns but the rounded
+q_k across blocks, and its answers depend on the block size; `lazy_block` reproduces that.
 
 The columns are cut in halves recursively: the left half is finished, its whole effect on the right half is one matrix
 product, then the right half follows. All but the leaves is matrix products whatever the sizes of the caches are.
@@ -17,11 +20,12 @@ Rows are independent. So one sweep may hold several candidates for the same matr
 strength and a grid of its own.
 """
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from bitmend.linalg.cholesky import InverseFactor
@@ -68,23 +72,26 @@ class UniformRounder:
 
 @dataclass(frozen=True)
 class Residual:
-    """The residual correction of a sweep.
+    """One residual term of a sweep.
 
     Attributes:
         P: strictly upper triangular, rows and columns in rounding order.
         strength: how much of the correction each row believes; dimensionless, 0 switches it off.
+        source: `column` for w_k, `drift` for w0_k - w_k.
     """
 
     P: Float[Tensor, "in in"]
     strength: Float[Tensor, " rows"]
+    source: Literal["column", "drift"] = "column"
 
 
 def column_sweep(
     weight: Float[Tensor, "rows in"],
     factor: InverseFactor,
     rounder: ColumnRounder,
-    residual: Residual | None = None,
+    residuals: Sequence[Residual] = (),
     leaf_columns: int = LEAF_COLUMNS,
+    lazy_block: int | None = None,
 ) -> None:
     """Round all columns of `weight` in the order of `factor`; the result is what `rounder` remembers.
 
@@ -93,26 +100,34 @@ def column_sweep(
             sweep computes in.
         factor: of the damped inverse second moment.
         rounder: chooses the levels.
-        residual: the residual correction, or None.
+        residuals: terms that correct the residual; none for GPTQ.
         leaf_columns: columns worked on one by one between two matrix products; changes speed, never the answer (beyond
             floating-point summation order).
+        lazy_block: None for the exact answer; a width reproduces public code that forgets the unrounded columns at the
+            end of each block of that width.
 
-    Cost: rows * in^2 multiply-adds (twice that with a residual); one copy of the weight and one of the errors.
+    Cost: rows * in^2 multiply-adds, as much again for each residual term; one copy of the weight and one of the errors.
     """
-    order: Int[Tensor, " in"] = factor.order
+    dtype = weight.dtype
+    columns = weight.T[factor.order].contiguous()
     state = _Sweep(
-        columns=weight.T[order].contiguous(),
-        errors=torch.empty_like(weight.T, memory_format=torch.contiguous_format),
-        U=factor.U.to(weight.dtype),
-        pivots=[float(pivot) for pivot in factor.U.diagonal()],
-        order=order.tolist(),
+        columns=columns,
+        original=columns.clone() if any(term.source == "drift" for term in residuals) else columns,
+        errors=torch.empty_like(columns),
+        U=factor.U.to(dtype),
+        pivots=factor.U.diagonal().tolist(),
+        order=factor.order.tolist(),
         rounder=rounder,
-        residual=None
-        if residual is None
-        else Residual(residual.P.to(weight.dtype), residual.strength.to(weight.dtype)),
+        residuals=[replace(term, P=term.P.to(dtype), strength=term.strength.to(dtype)) for term in residuals],
         leaf=leaf_columns,
     )
-    state.run(0, len(state.columns))
+    if lazy_block is None:
+        state.run(0, len(columns))
+        return
+    for start in range(0, len(columns), lazy_block):
+        stop = min(start + lazy_block, len(columns))
+        state.run(start, stop)
+        state.push(start, stop, len(columns), rounded=True)
 
 
 @dataclass
@@ -120,22 +135,24 @@ class _Sweep:
     """The state of one sweep; `columns[k]` is the k-th column in rounding order, one contiguous row of memory."""
 
     columns: Tensor
+    original: Tensor
     errors: Tensor
     U: Tensor
     pivots: list[float]
     order: list[int]
     rounder: ColumnRounder
-    residual: Residual | None
+    residuals: list[Residual]
     leaf: int
 
     def run(self, start: int, stop: int) -> None:
+        """Finish the columns start:stop, without telling those after them."""
         if stop - start <= self.leaf:
             self._run_leaf(start, stop)
             return
         leaves = -(-(stop - start) // self.leaf)
         middle = start + (leaves // 2) * self.leaf
         self.run(start, middle)
-        self._push(start, middle, stop)
+        self.push(start, middle, stop)
         self.run(middle, stop)
 
     def _run_leaf(self, start: int, stop: int) -> None:
@@ -146,13 +163,29 @@ class _Sweep:
             if k + 1 < stop:
                 later = self.columns[k + 1 : stop]
                 later.addr_(self.U[k, k + 1 : stop], self.errors[k], alpha=-1)
-                if self.residual is not None:
-                    later.addr_(self.residual.P[k, k + 1 : stop], values * self.residual.strength)
+                for term in self.residuals:
+                    source = values if term.source == "column" else self.original[k] - values
+                    later.addr_(term.P[k, k + 1 : stop], source * term.strength)
 
-    def _push(self, start: int, middle: int, stop: int) -> None:
-        """Hand the errors of columns start:middle to columns middle:stop."""
+    def push(self, start: int, middle: int, stop: int, *, rounded: bool = False) -> None:
+        """Hand the errors and residuals of the finished columns start:middle to the columns middle:stop.
+
+        Args:
+            start: first finished column.
+            middle: first column after them.
+            stop: end of the columns that are told.
+            rounded: take residual sources from the rounded columns in place of the unrounded ones.
+        """
+        if middle == stop:
+            return
         later = self.columns[middle:stop]
         later.addmm_(self.U[start:middle, middle:stop].T, self.errors[start:middle], alpha=-1)
-        if self.residual is not None:
-            before = self.columns[start:middle] * self.residual.strength
-            later.addmm_(self.residual.P[start:middle, middle:stop].T, before)
+        if not self.residuals:
+            return
+        values = self.columns[start:middle]
+        if rounded:
+            pivots = torch.tensor(self.pivots[start:middle], dtype=values.dtype, device=values.device)
+            values = values - self.errors[start:middle] * pivots.unsqueeze(1)
+        for term in self.residuals:
+            source = values if term.source == "column" else self.original[start:middle] - values
+            later.addmm_(term.P[start:middle, middle:stop].T, source * term.strength)

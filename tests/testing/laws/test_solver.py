@@ -36,7 +36,7 @@ class Floor:
 
     def solve(self, problem):
         qparams = choose_qparams(problem.weight, problem.spec)
-        problem.weight -= 0.49 * qparams.scale[:, :1]
+        problem.weight.sub_(0.49 * qparams.scale[:, :1])
         return Solution(quantize(problem.weight, qparams, problem.spec))
 
 

@@ -1,0 +1,43 @@
+"""What the difference of the two streams asks of a weight matrix.
+
+With r = W dx the error that earlier layers left in this layer's output, two ways to answer it from the moments:
+
+- all at once (target shift): the weight that fits the full-precision output best on the quantised inputs is
+  W + W C H^-1, so `B = W C H^-1` is the whole correction;
+- causally (GPTAQ, arXiv:2504.02692, eq. 16-17): when column q is rounded, only its own share w_q dx_q is handed to the
+  columns after it. `P = triu(C U^T, 1) U` holds in row q what each later column takes over per unit of w_q.
+
+C is the cross moment mean dx x^T; U the upper factor of the damped inverse, H^-1 = U^T U. Everything in float64.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitmend.linalg.cholesky import InverseFactor
+
+
+def causal_rows(cross: Float[Tensor, "in in"], factor: InverseFactor) -> Float[Tensor, "in in"]:
+    """Return P = triu(C U^T, 1) U, rows and columns in rounding order.
+
+    Args:
+        cross: C (or G + C for the second term of ResComp), in the matrix's own column order.
+        factor: of the damped inverse.
+
+    Cost: 4 in^3 operations.
+    """
+    ordered = cross[factor.order][:, factor.order]
+    return torch.triu(ordered @ factor.U.T, 1) @ factor.U
+
+
+def target_shift(
+    weight: Float[Tensor, "out in"], cross: Float[Tensor, "in in"], factor: InverseFactor
+) -> Float[Tensor, "out in"]:
+    """Return B = W C H^-1, in the matrix's own column order, float64.
+
+    Cost: 6 out in^2 operations.
+    """
+    projected = (weight.double() @ cross)[:, factor.order] @ factor.U.T @ factor.U
+    shift = torch.empty_like(projected)
+    shift[:, factor.order] = projected
+    return shift

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitmend.errors import CheckpointError, RequestError
+from bitmend.formats.manifest import Manifest, ManifestEntry, quantization_config, spec_from_json, spec_to_json
+from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.uniform import UniformGrid
+
+SPEC = QuantSpec(UniformGrid(4, True), PerGroup(32), "mse", torch.bfloat16)
+
+specs = st.builds(
+    QuantSpec,
+    st.builds(UniformGrid, st.integers(1, 8), st.booleans()),
+    st.one_of(
+        st.just(PerTensor()), st.just(PerChannel()), st.builds(PerGroup, st.integers(1, 4096), st.booleans())
+    ),
+    st.sampled_from(["minmax", "percentile", "mse"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+
+
+@given(specs)
+def test_schemes_survive_json(spec):
+    assert spec_from_json(json.loads(json.dumps(spec_to_json(spec)))) == spec
+
+
+@given(st.dictionaries(st.text(min_size=1), specs, max_size=6))
+def test_manifests_survive_json(named):
+    modules = {name: ManifestEntry(spec, (3, 4), "conv1d") for name, spec in named.items()}
+    manifest = Manifest(modules, provenance={"solver": "gptq"}, files={"model.safetensors": "00"})
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+def test_equal_schemes_are_stored_once():
+    other = QuantSpec(UniformGrid(3, False), PerChannel())
+    entries = {f"layers.{n}": ManifestEntry(SPEC if n % 2 else other, (8, 32)) for n in range(6)}
+    config = quantization_config(entries, provenance={"solver": "rtn"})
+    assert config["quant_method"] == "bitmend"
+    assert len(config["schemes"]) == 2
+    assert [item["scheme"] for item in config["modules"].values()] == [0, 1] * 3
+    assert config["schemes"][1] == {
+        "layout": "uniform", "bits": 4, "symmetric": True, "group_size": 32, "ragged": False,
+        "scale_dtype": "bfloat16", "observer": "mse",
+    }  # fmt: skip
+    assert config["provenance"] == {"solver": "rtn"}
+
+
+def test_group_sizes_of_the_two_plain_granularities():
+    assert spec_to_json(QuantSpec(UniformGrid(4, True), PerChannel()))["group_size"] == -1
+    assert spec_to_json(QuantSpec(UniformGrid(4, True), PerTensor()))["group_size"] == 0
+
+
+def test_what_no_file_can_say_is_refused():
+    with pytest.raises(RequestError, match="got one per token"):
+        spec_to_json(QuantSpec(UniformGrid(4, True), PerToken()))
+    with pytest.raises(RequestError, match="scale_dtype must be one of float32, bfloat16, float16; got float64"):
+        spec_to_json(QuantSpec(UniformGrid(4, True), scale_dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format_version"], 2, "has format_version 2, this release reads 1"),
+        (["format_version"], True, "needs 'format_version' to be of type int; got True"),
+        (["schemes"], {}, "needs 'schemes' to be of type list"),
+        (["schemes", 0], 4, r"each of quantization_config\.schemes must be a table"),
+        (["schemes", 0, "layout"], "codebook", "uses the layout 'codebook', this release reads uniform"),
+        (["schemes", 0, "bits"], 9, "impossible: bits must be a whole number from 1 to 8; got 9"),
+        (["schemes", 0, "bits"], "4", "needs 'bits' to be of type int; got '4'"),
+        (["schemes", 0, "symmetric"], 1, "needs 'symmetric' to be of type bool; got 1"),
+        (["schemes", 0, "group_size"], -2, "has scale_dtype 'bfloat16', observer 'mse' and group_size -2"),
+        (["schemes", 0, "scale_dtype"], "int8", "has scale_dtype 'int8'"),
+        (["schemes", 0, "observer"], "guess", "observer 'guess'"),
+        (["modules"], [], "needs 'modules' to be of type dict"),
+        (["modules", "a"], 0, r"modules\['a'\] must be a table"),
+        (["modules", "a", "scheme"], 1, "a uses scheme 1 of quantization_config, which has 1"),
+        (["modules", "a", "scheme"], -1, "a uses scheme -1"),
+        (["modules", "a", "shape"], [4], r"the shape of a in quantization_config must be \[out, in\]"),
+        (["modules", "a", "shape"], [4, 0], "the shape of a"),
+        (["modules", "a", "shape"], [4, 32.0], "the shape of a"),
+        (["modules", "a", "kind"], "conv9d", "a is of kind 'conv9d'"),
+        (["tied"], {"b": "a"}, "ties 'b' to 'a', which is no embedding"),
+        (["tied"], {"b": 3}, "which is no embedding"),
+        (["files"], {"f": 3}, "files must map file names to sha256"),
+        (["provenance"], None, "needs 'provenance' to be of type dict; got nothing"),
+    ],
+)
+def test_an_altered_manifest_is_refused(path, value, message):
+    config = quantization_config({"a": ManifestEntry(SPEC, (4, 32))})
+    table = config
+    for key in path[:-1]:
+        table = table[key]
+    table[path[-1]] = value
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(config)
