@@ -86,6 +86,7 @@ def quantize(
     from bitmend.pipeline import run
     from bitmend.pipeline.recipe import load_recipe, parse_assignments
 
+    _check_json_path(log_json, made_by_run=output)
     keys = parse_assignments(assignment or [])
     short = {
         "weights.bits": bits,
@@ -131,6 +132,7 @@ def evaluate(
     from bitmend.evaluate.evaluate import evaluate as score
     from bitmend.pipeline.run import choose_device
 
+    _check_json_path(json_file)
     if not text:
         raise RequestError("evaluate needs at least one text, but none came; pass --text FILE")
     report = score(
@@ -190,7 +192,7 @@ def export(
     from bitmend.models.loading import resolve_model
     from bitmend.protocols import FORMATS
 
-    events = FORMATS[format_name]().export(resolve_model(model), output, overwrite=overwrite)
+    events = FORMATS[format_name](overwrite=overwrite).export(resolve_model(model), output)
     for event in events:
         typer.echo(f"{event.where}: {event.message}", err=True)
     typer.echo(f"wrote {output}; read back with its own reader, logits agree")
@@ -229,9 +231,7 @@ def main() -> None:
         code = app(args=arguments, prog_name="bitmend", standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
-    except typer.Abort:
-        code = 130
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):  # the option parser turns Ctrl-C into the former
         typer.echo("stopped; nothing unfinished was left behind", err=True)
         code = 130
     except QuantizationError as error:
@@ -253,8 +253,8 @@ def _fail_unexpectedly(error: Exception, debug: bool) -> int:
     if show is not None:  # a usage error of the option parser: it knows how to print itself
         show()
         return int(getattr(error, "exit_code", 2))
-    name = type(error).__name__
-    return _fail(f"error: unexpected {name}: {error} (run again with --debug for the traceback)", 1, debug)
+    name, reason = type(error).__name__, " ".join(str(error).split())
+    return _fail(f"error: unexpected {name}: {reason} (run again with --debug for the traceback)", 1, debug)
 
 
 def _be_quiet_about_libraries() -> None:
@@ -269,6 +269,16 @@ def _progress(quiet: bool) -> Any:
     from bitmend.report.terminal import TerminalProgress
 
     return SilentProgress() if quiet else TerminalProgress()
+
+
+def _check_json_path(path: Path | None, made_by_run: Path | None = None) -> None:
+    """Refuse a file that cannot be written before hours of work are lost on it."""
+    if path is None or (made_by_run is not None and path.resolve().parent == made_by_run.resolve()):
+        return
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RequestError(
+            f"the result cannot be written to {path}: need a file in an existing folder that may be written; choose another"
+        )
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -66,7 +66,8 @@ class Problem:
         weight: the full-precision weight, float32.
         spec: the grid to round to.
         fit: moments of the part of the calibration data that the solution is fitted on; None for data-free solvers.
-        held_out: moments of the other part, only for methods that ask for `Need.HELD_OUT`.
+        held_out: moments of the other part, only for methods that ask for `Need.HELD_OUT`; None without a split.
+        everything: moments of both parts together, likewise, when such a method is to be refitted on all rows.
     """
 
     site: LinearSite
@@ -74,6 +75,7 @@ class Problem:
     spec: QuantSpec
     fit: Moments | None = None
     held_out: Moments | None = None
+    everything: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,14 @@ class Solution:
         qtensor: the quantised matrix.
         diagnostics: plain numbers (or lists of them) for the run report.
         events: what the user must be told.
-        refitted: the solver used the held-out part too, after its choices were made.
+        proved: the matrix before it was fitted again on all rows; None when it was not, so that `qtensor` itself can be
+            judged on held-out rows.
     """
 
     qtensor: QTensor
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
-    refitted: bool = False
+    proved: QTensor | None = None
 
 
 @runtime_checkable

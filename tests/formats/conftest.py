@@ -112,7 +112,7 @@ def quantise(source: Path, output: Path, scheme: Callable[[str], QuantSpec | Non
     return Quantised(source, output, qtensors, model.eval())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def helpers():
     """The functions of this file; test modules cannot import each other."""
 

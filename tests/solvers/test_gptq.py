@@ -73,7 +73,7 @@ def test_between_brute_force_and_round_to_nearest(make_layer):
     totals = {"best": 0.0, "gptq": 0.0, "rtn": 0.0}
     for seed in range(12):
         problem = make_layer(out=3, width=5, bits=2, seed=seed).problem
-        problem = replace(problem, fit=replace(problem.fit, C=None, D=None, _factors={}))
+        problem = replace(problem, fit=replace(problem.fit, C=None, D=None, _known={}))
         solution = Gptq(damping=1e-6).solve(problem).qtensor
         grid, scale = problem.spec.grid, solution.qparams.scale
         codes = torch.arange(grid.min_code, grid.max_code + 1).to(torch.int8)
@@ -93,7 +93,7 @@ def test_much_better_than_round_to_nearest_on_average(make_layer):
     ratios = []
     for seed in range(8):
         problem = make_layer(out=32, width=48, bits=3, seed=seed, tokens=600).problem
-        one_stream = replace(problem.fit, C=None, D=None, _factors={})
+        one_stream = replace(problem.fit, C=None, D=None, _known={})
         errors = [
             one_stream.output_error(problem.weight, solver.solve(problem).qtensor.dequantize())
             for solver in (Gptq(), Rtn())

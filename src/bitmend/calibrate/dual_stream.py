@@ -73,7 +73,6 @@ class DualStream:
         self.adapter = adapter
         self.device = device
         self._directory = directory
-        self._stores = 0
         self.batches: list[StreamedBatch] = []
         self.x_fp, self.x_q = self.new_store(), self.new_store()
         shared: dict[tuple[int, ...], BlockInputs] = {}
@@ -93,8 +92,7 @@ class DualStream:
 
     def new_store(self) -> ActivationStore:
         """Return an empty store, in memory or on disk as the streams are."""
-        self._stores += 1
-        return ActivationStore(None if self._directory is None else self._directory / f"store-{self._stores}")
+        return ActivationStore(self._directory)
 
     def run(self, index: int, inputs: ActivationStore) -> ActivationStore:
         """Run the loaded block `index` on every batch of `inputs` and return its outputs."""

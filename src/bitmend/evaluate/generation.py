@@ -33,6 +33,10 @@ def generate_text(
     loaded = load_model(model, device, torch.float32)
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(device)
     length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise RequestError(
+            f"generate needs a prompt of at least one token, but {prompt!r} holds none; pass --prompt TEXT with a word"
+        )
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     if context is not None and length + tokens > context:
         raise RequestError(
@@ -47,7 +51,12 @@ def generate_text(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=tokens,
-            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+            pad_token_id=_pad_token(loaded.tokenizer),
             **choice,
         )
     return str(loaded.tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _pad_token(tokenizer: Any) -> int | None:
+    """Return the padding token, or the end of text; token 0 is a token like any other."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -155,11 +155,10 @@ class CheckpointWriter:
     def _check_request(self, overwrite: bool) -> None:
         if not (self.source / "config.json").is_file():
             raise RequestError(f"the model folder {self.source} has no config.json")
-        source, output = self.source.resolve(), self.output.resolve()
-        if source == output or source in output.parents or output in source.parents:
-            raise RequestError(
-                f"the output {self.output} must lie outside the model folder {self.source}; choose another"
-            )
+        source = self.source.resolve()
+        for folder in (self.output, self.partial):
+            if source == folder or source in folder.parents or folder in source.parents:
+                raise RequestError(f"the output {folder} must lie outside the model folder {source}; choose another")
         if self.output.exists() and not self.output.is_dir():
             raise RequestError(f"the output {self.output} is a file; choose another name")
         for folder in (self.output, self.partial):
@@ -167,9 +166,7 @@ class CheckpointWriter:
                 raise RequestError(f"{folder} exists; choose another output, or pass --overwrite to replace it")
         # A slip of the finger must not delete somebody's home folder.
         if self.output.exists() and any(self.output.iterdir()) and not (self.output / "config.json").is_file():
-            raise RequestError(
-                f"{self.output} is not empty and holds no model, so it is not replaced; choose another output"
-            )
+            raise RequestError(f"{self.output} is not empty and holds no model, so it is not replaced; choose another")
 
     def _make_partial(self) -> None:
         try:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bitmend.linalg.cholesky import InverseFactor
 from bitmend.numerics.granularity import group_of_column
-from bitmend.numerics.qtensor import QParams, QuantSpec
+from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 
 LEAF_COLUMNS = 16
 
@@ -128,6 +128,20 @@ def column_sweep(
         stop = min(start + lazy_block, len(columns))
         state.run(start, stop)
         state.push(start, stop, len(columns), rounded=True)
+
+
+def round_columns(
+    weight: Float[Tensor, "rows in"],
+    factor: InverseFactor,
+    qparams: QParams,
+    spec: QuantSpec,
+    residuals: Sequence[Residual] = (),
+    lazy_block: int | None = None,
+) -> QTensor:
+    """Sweep `weight` to a uniform grid; arguments as in `column_sweep`."""
+    rounder = UniformRounder(qparams, spec, (weight.shape[0], weight.shape[1]), weight.dtype)
+    column_sweep(weight, factor, rounder, residuals, lazy_block=lazy_block)
+    return QTensor(rounder.codes(), qparams, spec)
 
 
 @dataclass

@@ -12,7 +12,9 @@ They are sufficient for every closed-form objective of a linear layer: with W th
 Products are taken in float32 a chunk of tokens at a time, sums are kept in float64.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from bitmend.linalg.cholesky import InverseFactor, factor_inverse
 
+ResultT = TypeVar("ResultT")
 CHUNK_TOKENS = 4096
 
 
@@ -38,7 +41,14 @@ class Moments:
     C: Float[Tensor, "in in"] | None
     D: Float[Tensor, "in in"] | None
     num_tokens: int
-    _factors: dict[tuple[float, str], InverseFactor] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def remember(self, key: Hashable, compute: Callable[[], ResultT]) -> ResultT:
+        """Return what `compute` gives, computed once for all sites that share these moments."""
+        if key not in self._known:
+            self._known[key] = compute()
+        result: ResultT = self._known[key]
+        return result
 
     def inverse_factor(self, damping: float, order: str) -> InverseFactor:
         """Return the factor of (G + damping mean(diag G) I)^-1, computed once for all sites that share these moments.
@@ -46,15 +56,12 @@ class Moments:
         Raises:
             FactorizationError: G stays indefinite after the whole damping ladder.
         """
-        key = (damping, order)
-        if key not in self._factors:
-            self._factors[key] = factor_inverse(self.G, damping, order)
-        return self._factors[key]
+        return self.remember(("inverse_factor", damping, order), lambda: factor_inverse(self.G, damping, order))
 
     @property
     def factors(self) -> tuple[InverseFactor, ...]:
         """The factors that have been computed so far."""
-        return tuple(self._factors.values())
+        return tuple(known for known in self._known.values() if isinstance(known, InverseFactor))
 
     def output_error(self, weight: Float[Tensor, "out in"], quantised: Float[Tensor, "out in"]) -> float:
         """Return the mean over tokens of ||Q x - W x~||^2, with x~ = x when C or D are unknown.

@@ -37,11 +37,15 @@ class Ends:
 
 
 def check_ends(adapter: ModelAdapter, recipe: Recipe) -> None:
-    """Check the sections `embedding` and `head` against the model before anything is computed.
+    """Check what lies outside the blocks, and the sections `embedding` and `head`, before anything is computed.
 
     Raises:
+        NumericsError: NaN or Inf in a tensor outside the blocks.
         RecipeError: a head section for a model whose head is tied, or a group size that does not fit.
     """
+    for name, tensor in adapter.outside_tensors():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NumericsError(f"the tensor {name} must be finite, but holds NaN or Inf; nothing was saved")
     if recipe.head is not None and adapter.head_name is None:
         raise RecipeError(
             "the model's head is tied to its embedding; set embedding.bits, which quantises both, not head.bits"
@@ -56,11 +60,7 @@ def check_ends(adapter: ModelAdapter, recipe: Recipe) -> None:
 
 
 def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
-    """Return all tensors outside the blocks, embedding and head rounded to nearest where the recipe asks for it.
-
-    Raises:
-        NumericsError: NaN or Inf in one of them.
-    """
+    """Return all tensors outside the blocks, embedding and head rounded to nearest where the recipe asks for it."""
     wanted: dict[str, tuple[EndSection, str]] = {}
     if recipe.embedding is not None:
         wanted[adapter.embedding_name] = (recipe.embedding, "embedding")
@@ -69,8 +69,6 @@ def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
     ends = Ends({}, {}, {}, {})
     for name, tensor in adapter.outside_tensors():
         module = name.removesuffix(".weight")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise NumericsError(f"the tensor {name} must be finite, but holds NaN or Inf; nothing was saved")
         if module not in wanted or module == name:
             ends.tensors[name] = tensor
             continue

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bitmend.errors import FactorizationError, NumericsError
+from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.moments import Moments, merge
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution
@@ -54,7 +55,7 @@ class PerSite:
                 except FactorizationError as error:
                     raise FactorizationError(f"solver {self.name} at {site.name}: {error}") from error
                 report.seconds = time.perf_counter() - started
-                if site is sites[0]:  # the factor is the group's: its events are told once
+                if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed
                     solution = replace(solution, events=(*solution.events, *_factor_events(site, rows)))
                 yield site, solution, report
 
@@ -69,16 +70,19 @@ class PerSite:
 
     def _solve_site(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
         own_choice = Need.HELD_OUT in self.solver.needs
-        solution = self.solver.solve(replace(problem, held_out=rows.held_out if own_choice else None))
-        report = SiteReport(problem.site.name, str(problem.spec), self.name, refitted=solution.refitted)
+        if own_choice:
+            problem = replace(problem, held_out=rows.held_out, everything=rows.both)
+        solution = self.solver.solve(problem)
+        candidate = solution.proved or solution.qtensor
+        report = SiteReport(problem.site.name, str(problem.spec), self.name, refitted=solution.proved is not None)
         report.diagnostics = dict(solution.diagnostics)
         if rows.fit is None:
             return solution, report
-        report.fit_error = relative_error(problem, solution.qtensor, rows.fit)
+        report.fit_error = relative_error(problem, candidate, rows.fit)
         if rows.held_out is None:
             return solution, report
         base = Rtn().solve(problem)
-        report.held_out_error = relative_error(problem, solution.qtensor, rows.held_out)
+        report.held_out_error = relative_error(problem, candidate, rows.held_out)
         report.base_held_out_error = relative_error(problem, base.qtensor, rows.held_out)
         if report.held_out_error > report.base_held_out_error:
             return _dropped(solution, base, report)
@@ -86,7 +90,7 @@ class PerSite:
             refitted = self.solver.solve(replace(problem, fit=rows.both))
             report.diagnostics = dict(refitted.diagnostics)
             report.refitted = True
-            return replace(refitted, refitted=True), report
+            return replace(refitted, proved=solution.qtensor), report
         return solution, report
 
 
@@ -129,11 +133,16 @@ def _dropped(solution: Solution, base: Solution, report: SiteReport) -> tuple[So
     return replace(base, events=(*solution.events, event)), report
 
 
+def _stored_factors(rows: "_Rows") -> tuple[InverseFactor, ...]:
+    """Return the factors behind the stored codes: of all rows where candidates were refitted, else of the fit rows."""
+    refitted = rows.both.factors if rows.both is not None else ()
+    return refitted or (rows.fit.factors if rows.fit is not None else ())
+
+
 def _factor_events(site: LinearSite, rows: _Rows) -> list[Event]:
     """Return what the user must know of a factorisation: a raised damping, inputs that were zero on every token."""
     events = []
-    used = rows.both or rows.fit
-    for factor in used.factors if used is not None else ():
+    for factor in _stored_factors(rows):
         if factor.damping > factor.requested_damping:
             message = (
                 f"the moments were indefinite with damping {factor.requested_damping}; solved with {factor.damping}"

@@ -1,5 +1,6 @@
 """The loop: one block after the other, both streams side by side, each result stored before the next is asked for."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ class _Loop:
             with self.timed("forward"):
                 y_q = streams.run(index, streams.x_q)
                 report.relative_error = streams.relative_error(run.y_fp, y_q)
-            if report.relative_error != report.relative_error:  # NaN is the one number that differs from itself
+            if not math.isfinite(report.relative_error):
                 raise NumericsError(
                     f"the output of {block.name} must be finite, but holds NaN or Inf; nothing was saved"
                 )

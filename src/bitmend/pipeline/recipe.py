@@ -5,6 +5,7 @@ one. A method's own keys are the fields of its dataclass.
 """
 
 import dataclasses
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError, model_validator
 
 from bitmend.errors import RecipeError, RequestError, nearest_name
 from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup
@@ -33,8 +34,8 @@ class _Section(BaseModel):
 class WeightSection(_Section):
     """How weights are quantised."""
 
-    bits: int = Field(4, ge=1, le=8)
-    group_size: int = 128  # -1: one scale per output channel
+    bits: StrictInt = Field(4, ge=1, le=8)
+    group_size: StrictInt = 128  # -1: one scale per output channel
     symmetric: bool = True
     observer: ObserverName = "mse"
     ragged: bool = False
@@ -60,8 +61,8 @@ class OverrideSection(_Section):
         min_length=1
     )  # full names; `re:` starts a regular expression that must match from the start
     skip: bool = False
-    bits: int | None = Field(None, ge=1, le=8)
-    group_size: int | None = None
+    bits: StrictInt | None = Field(None, ge=1, le=8)
+    group_size: StrictInt | None = None
     symmetric: bool | None = None
     observer: ObserverName | None = None
     ragged: bool | None = None
@@ -88,18 +89,18 @@ class OverrideSection(_Section):
 class CalibrationSection(_Section):
     """Which rows, and how they are split."""
 
-    sequences: int = Field(128, ge=1)
-    sequence_length: int | None = Field(None, ge=2)  # None: 2,048 or the model's context, whichever is shorter
+    sequences: StrictInt = Field(128, ge=1)
+    sequence_length: StrictInt | None = Field(None, ge=2)  # None: 2,048 or the model's context, whichever is shorter
     held_out: float = Field(0.25, ge=0, lt=1)  # share of sequences that no candidate is fitted to
-    seed: int = Field(0, ge=0)
+    seed: StrictInt = Field(0, ge=0)
     refit: bool = True  # fit again on all rows once a candidate has been accepted on the held-out ones
 
 
 class EndSection(_Section):
     """Embedding or head at fewer bits; rounded to nearest, because a table look-up has no input moments."""
 
-    bits: int = Field(8, ge=2, le=8)
-    group_size: int = -1
+    bits: StrictInt = Field(8, ge=2, le=8)
+    group_size: StrictInt = -1
     observer: ObserverName = "mse"
 
 
@@ -294,8 +295,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's, but for one character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

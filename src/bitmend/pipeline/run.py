@@ -1,8 +1,10 @@
 """One run from a model folder to a smaller model folder: check the request, calibrate, quantise, write, report."""
 
+import json
 import math
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -95,6 +97,8 @@ def quantize(
                 tensors |= site_tensors(name, qtensor)
                 entries[name] = _entry(qtensor, block.kinds[name])
             writer.add(block.name, tensors)
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
         ends = quantise_ends(adapter, plan)
         for name, qtensor in ends.quantised.items():
             entries[name] = _entry(qtensor, ends.kinds[name])
@@ -103,9 +107,8 @@ def quantize(
         report.peak_memory_bytes = peak_memory_bytes()
         report.status = "done"
         config = quantization_config(entries, tied=ends.tied, provenance=_provenance(report))
-        writer.finish(config, {"run.json": report_to_json(report), "recipe.toml": plan.to_toml()})
-    account = ledger(target)
-    report.bits = {"quantised_layers": account.bits_per_weight or 0.0, "whole_model": account.bits_per_weight_model}
+        documents = {"recipe.toml": plan.to_toml()}
+        writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
     return report
 
 
@@ -128,6 +131,14 @@ def check_request(
     request = _Request.check(model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite)
     _calibration_rows(request.recipe, request.adapter, calibration, SilentProgress())
     return request.output
+
+
+def _write_report(folder: Path, report: RunReport) -> None:
+    """Write run.json into a complete folder, with the bits that its files really take."""
+    account = ledger(folder)
+    report.bits = {"quantised_layers": account.bits_per_weight or 0.0, "whole_model": account.bits_per_weight_model}
+    text = json.dumps(report_to_json(report), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -211,17 +222,17 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
     sites = adapter.describe_block(0, trace_batch()).sites
     adapter.release_block(0)
     first = adapter.block_names[0]
-    names = [block + site.name.removeprefix(first) for block in adapter.block_names for site in sites]
-    for site in sites:
-        spec = recipe.scheme(site.name, adapter.dtype)
-        if spec is not None:
-            try:
-                num_groups(spec.granularity, site.shape[1])
-            except RecipeError as error:
-                raise RecipeError(f"{site.name}: {error}") from error
+    widths = {block + site.name.removeprefix(first): site.shape[1] for block in adapter.block_names for site in sites}
+    for name, width in widths.items():
+        try:
+            spec = recipe.scheme(name, adapter.dtype)
+            if spec is not None:
+                num_groups(spec.granularity, width)
+        except RecipeError as error:
+            raise RecipeError(f"{name}: {error}") from error
     for override in recipe.overrides:
-        if not any(override.matches(name) for name in names):
-            hint = nearest_name(override.targets[0], names[: len(sites)])
+        if not any(override.matches(name) for name in widths):
+            hint = nearest_name(override.targets[0], list(widths)[: len(sites)])
             raise RecipeError(f"the override for {override.targets} matches no site of the model{hint}")
 
 

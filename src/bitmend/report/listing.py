@@ -1,9 +1,8 @@
 """Tables of the parts that recipes can name."""
 
-import tomllib
 from typing import Any
 
-from bitmend.pipeline.recipe import RECIPES_FOLDER
+from bitmend.pipeline.recipe import RECIPES_FOLDER, load_recipe
 from bitmend.protocols import ADAPTERS, COMPENSATORS, FORMATS, REPARAMETERISATIONS, SOLVERS, TRANSFORMS
 from bitmend.registry import Registry
 
@@ -29,7 +28,7 @@ def _recipes() -> list[list[str]]:
     for path in sorted(RECIPES_FOLDER.glob("*.toml")):
         text = path.read_text(encoding="utf-8")
         first = text.partition("\n")[0].lstrip("# ")
-        rows.append([path.stem, first, tomllib.loads(text)["solver"]["name"]])
+        rows.append([path.stem, first, load_recipe(path).solver["name"]])
     solvers = [
         [entry.name, "the solver alone, at the default grid: " + entry.summary, entry.paper] for entry in SOLVERS
     ]

@@ -7,6 +7,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 ItemT = TypeVar("ItemT")
 SECONDS_BETWEEN_LINES = 10.0
@@ -62,16 +63,16 @@ def print_table(
     """
     console = console or Console()
     if not console.is_terminal:
-        if title:
-            console.print(title, highlight=False, markup=False, soft_wrap=True)
-        for row in (header, *rows):
-            console.print("\t".join(row), highlight=False, markup=False, soft_wrap=True)
+        lines = [title] if title else []
+        lines += ["\t".join(row) for row in (header, *rows)]
+        console.file.write("".join(f"{line}\n" for line in lines))  # the console itself turns tabs into spaces
         return
-    table = Table(title=title, title_justify="left")
+    # As `Text`, so that brackets in a name or in a generated text are no markup.
+    table = Table(title=Text(title), title_justify="left")
     for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if position else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     console.print(table)
 
 

@@ -14,9 +14,8 @@ Cost: 2/3 in^3 operations in float64, shared by all sites with the same input, a
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from bitmend.linalg.column_sweep import UniformRounder, column_sweep
+from bitmend.linalg.column_sweep import round_columns
 from bitmend.numerics.observers import choose_qparams
-from bitmend.numerics.qtensor import QTensor
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 
@@ -47,9 +46,6 @@ class Gptq:
         if problem.fit is None:
             raise ValueError("gptq needs the moments of its input")
         factor = problem.fit.inverse_factor(self.damping, self.order)
-        weight, spec = problem.weight, problem.spec
-        qparams = choose_qparams(weight, spec)
-        rounder = UniformRounder(qparams, spec, (weight.shape[0], weight.shape[1]), weight.dtype)
-        column_sweep(weight, factor, rounder)
-        diagnostics = {"damping": factor.damping, "dead_columns": factor.dead_columns}
-        return Solution(QTensor(rounder.codes(), qparams, spec), diagnostics)
+        qparams = choose_qparams(problem.weight, problem.spec)
+        qtensor = round_columns(problem.weight, factor, qparams, problem.spec)
+        return Solution(qtensor, {"damping": factor.damping, "dead_columns": factor.dead_columns})

@@ -67,7 +67,7 @@ def scaling_the_moments_changes_nothing(solver: SiteSolver, problem: Problem) ->
     if problem.fit is None or problem.held_out is None:
         return
     larger = [
-        replace(m, G=4 * m.G, C=None if m.C is None else 4 * m.C, D=None if m.D is None else 4 * m.D, _factors={})
+        replace(m, G=4 * m.G, C=None if m.C is None else 4 * m.C, D=None if m.D is None else 4 * m.D, _known={})
         for m in (problem.fit, problem.held_out)
     ]
     assert_same(
@@ -89,7 +89,8 @@ def weight_on_its_own_grid_is_kept(solver: SiteSolver, problem: Problem) -> None
         return  # quantiles lie inside the range on purpose
     weight = levels * 0.25
     no_residual = [
-        None if m is None else replace(m, C=_zeros(m.C), D=_zeros(m.D)) for m in (problem.fit, problem.held_out)
+        None if m is None else replace(m, C=_zeros(m.C), D=_zeros(m.D), _known={})
+        for m in (problem.fit, problem.held_out)
     ]
     moved = replace(problem, weight=weight, spec=spec, fit=no_residual[0], held_out=no_residual[1])
     assert torch.equal(solver.solve(moved).qtensor.dequantize(), weight)

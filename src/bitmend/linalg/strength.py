@@ -1,0 +1,179 @@
+"""Solve one matrix for several strengths of the residual correction at once, and measure each on moments.
+
+The strength `a` says how much of the residual r = W dx a layer is asked to repair: 0 is GPTQ, 1 believes all of it. A
+form says how:
+
+- `gptaq`: causally, column by column, `a w_q P_q` (arXiv:2504.02692);
+- `shift`: the target itself moves, `W + a W C H^-1` (QEP, CoreQ), and is then rounded as by GPTQ;
+- `rescomp`: `gptaq`'s term and the pull back to the original weight, `a w_q P_q + a (w0_q - w_q) P2_q`;
+- `rescomp_first`: the same with `a` on the first term only, the second held at 0.25.
+
+Each solution Q is measured on moments that need not be those it was fitted to:
+
+    J(Q) = tr(E G E^T) - 2 tr(E C^T W^T) + tr(W D W^T),        E = Q - W      (mean squared output error)
+    e(Q) = [tr(W C B^T) - tr(E G B^T)] / tr(B G B^T)
+
+`B` is the direction in which the solution moves when `a` grows (from the moments that were fitted). e is the remaining
+error projected on that direction, in units of B: positive when the residual is under-corrected. If Q moved by exactly B
+per unit of a, e would be -dJ/da / (2 tr(B G B^T)), the Newton step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitmend.linalg.cholesky import InverseFactor
+from bitmend.linalg.column_sweep import Residual, round_columns
+from bitmend.linalg.moments import Moments
+from bitmend.linalg.residual import causal_rows, target_shift
+from bitmend.numerics.observers import choose_qparams
+from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
+
+Form = Literal["gptaq", "shift", "rescomp", "rescomp_first"]
+GridSource = Literal["original", "shifted"]
+RESCOMP_SECOND = 0.25
+RESCOMP_PROBE = 0.1
+
+
+class StrengthSolver:
+    """Rounds one matrix at given strengths, on fixed moments.
+
+    Cost of construction: one factor and one P for all sites that share the moments; the scale search once for a grid on
+    the original weight. Cost of `solve`: one sweep over as many stacked copies as there are strengths.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        spec: QuantSpec,
+        moments: Moments,
+        *,
+        form: Form,
+        grid: GridSource = "original",
+        damping: float,
+        order: str,
+        qparams: QParams | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            weight: full-precision weight.
+            spec: grid.
+            moments: to fit on, with C.
+            form: how the residual is repaired.
+            grid: choose scales on the original weight or on the moved target (form `shift` only).
+            damping: of the factor.
+            order: of the columns.
+            qparams: scales on the original weight, where they are known already.
+        """
+        if moments.C is None:
+            raise ValueError("a residual correction needs the cross moment C")
+        self.weight, self.spec, self.moments, self.form = weight, spec, moments, form
+        self.factor: InverseFactor = moments.inverse_factor(damping, order)
+        self._cross = moments.C
+        self._key = (damping, order)
+        self.on_shifted = form == "shift" and grid == "shifted"
+        self.qparams = qparams or choose_qparams(weight, spec)
+        self._shift = target_shift(weight, moments.C, self.factor) if form == "shift" else None
+
+    def solve(self, strengths: Sequence[float]) -> list[QTensor]:
+        """Return one solution for each strength, from one sweep."""
+        rows, count = len(self.weight), len(strengths)
+        a = torch.tensor(strengths, dtype=torch.float64, device=self.weight.device).repeat_interleave(rows)
+        stacked = self.weight.repeat(count, 1)
+        residuals: list[Residual] = []
+        if self._shift is not None:
+            stacked = (stacked.double() + a.unsqueeze(1) * self._shift.repeat(count, 1)).to(stacked.dtype)
+        else:
+            residuals = self._terms(a)
+        qparams = choose_qparams(stacked, self.spec) if self.on_shifted else _repeat(self.qparams, count)
+        solved = round_columns(stacked, self.factor, qparams, self.spec, residuals)
+        return [solved.rows(start, start + rows) for start in range(0, count * rows, rows)]
+
+    def direction(self) -> Float[Tensor, "out in"]:
+        """Return B, how the solution moves per unit of strength; float64."""
+        if self._shift is not None:
+            return self._shift
+        if self.form == "gptaq":
+            moved = self.weight.double()[:, self.factor.order] @ self._causal_rows()
+            direction = torch.empty_like(moved)
+            direction[:, self.factor.order] = moved
+            return direction
+        near, far = (solution.dequantize(torch.float64) for solution in self.solve([0.0, RESCOMP_PROBE]))
+        return (far - near) / RESCOMP_PROBE
+
+    def _terms(self, a: Float[Tensor, " stacked"]) -> list[Residual]:
+        terms = [Residual(self._causal_rows(), a)]
+        if self.form != "gptaq":
+            second = a if self.form == "rescomp" else torch.full_like(a, RESCOMP_SECOND)
+            cross, key = self.moments.G + self._cross, ("causal_rows_of_drift", *self._key)
+            P = self.moments.remember(key, lambda: causal_rows(cross, self.factor))
+            terms.append(Residual(P, second, "drift"))
+        return terms
+
+    def _causal_rows(self) -> Float[Tensor, "in in"]:
+        return self.moments.remember(("causal_rows", *self._key), lambda: causal_rows(self._cross, self.factor))
+
+
+def _repeat(qparams: QParams, count: int) -> QParams:
+    zero_point = None if qparams.zero_point is None else qparams.zero_point.repeat(count, 1)
+    return QParams(qparams.scale.repeat(count, 1), zero_point)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A solution measured on some moments.
+
+    Attributes:
+        error: J over the energy of the full-precision output; relative, dimensionless.
+        projection: e, in units of strength; NaN when there is no residual to repair.
+    """
+
+    error: float
+    projection: float
+
+
+class StrengthMeter:
+    """Measures solutions of one matrix on fixed moments, with everything that does not depend on them computed once."""
+
+    def __init__(self, weight: Float[Tensor, "out in"], direction: Float[Tensor, "out in"], moments: Moments) -> None:
+        """Prepare; `moments` must hold C and D."""
+        if moments.C is None or moments.D is None:
+            raise ValueError("measuring a residual correction needs the moments C and D")
+        self._weight = weight.double()
+        self._direction = direction
+        self._G = moments.G
+        self._target = self._weight @ moments.C
+        self._constant = torch.sum((self._weight @ moments.D) * self._weight)
+        self._energy = torch.sum((self._weight @ moments.G) * self._weight).clamp(min=torch.finfo(torch.float64).tiny)
+        self.gain = float(torch.sum((direction @ moments.G) * direction))
+        self._pull = torch.sum(self._target * direction)
+
+    @property
+    def no_residual(self) -> bool:
+        """Whether the residual is too small to measure: at most 1e-8 of the layer's output energy."""
+        return self.gain <= 1e-8 * float(self._energy)
+
+    @property
+    def closed_form(self) -> float:
+        """The strength at which e would vanish if nothing were rounded: tr(W C B^T) / tr(B G B^T)."""
+        return 0.0 if self.no_residual else float(self._pull) / self.gain
+
+    @property
+    def relative_gain(self) -> float:
+        """tr(B G B^T) over the energy of the full-precision output: curvature of J / energy along the direction."""
+        return self.gain / float(self._energy)
+
+    def measure(self, solution: QTensor) -> Measured:
+        """Return J and e of a solution. Cost: one (out, in) x (in, in) product in float64."""
+        E = solution.dequantize(torch.float64) - self._weight
+        EG = E @ self._G
+        error = torch.sum(EG * E) - 2 * torch.sum(E * self._target) + self._constant
+        projection = float("nan")
+        if not self.no_residual:
+            projection = float((self._pull - torch.sum(EG * self._direction)) / self.gain)
+        return Measured(float(error / self._energy), projection)

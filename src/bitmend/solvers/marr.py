@@ -1,0 +1,277 @@
+"""MARR: a residual strength of its own for every matrix, found by a PID loop on held-out reconstruction error.
+
+Source: arXiv:2605.17997. The paper fixes that a coefficient per linear layer scales the residual term, that a PID loop
+refines it with the layer's reconstruction error as feedback, and that it stops when that error changes by less than 1e-5
+of its start. Gains, sign, start and bounds of the authors are not known to us; those here are ours:
+
+- the feedback is measured on held-out moments. On the rows that the correction was fitted to, the error keeps falling
+  until the strength is about 1, whatever is true of other rows;
+- its sign and unit come from projecting the remaining error on the direction of the correction (`linalg.strength`): e is
+  the distance to the best strength, in units of strength, so that the gains need no tuning to a model. At low bits
+  rounding itself gets dearer as the target moves; the slope of the measured errors corrects e for that (`signal="total"`);
+- velocity form: u = kp (e_t - e_{t-1}) + ki e_t + kd (e_t - 2 e_{t-1} + e_{t-2}), |u| <= 0.3, strength kept in
+  [0, max_strength]. With a plant gain g of the direction the loop is stable while g (ki + 2 kp + 4 kd) < 2;
+- the loop starts at the closed form, the strength that would be best if nothing were rounded; 0, the global strength and
+  the start are solved in one stacked sweep, which also gives the slope its first points;
+- the answer is the visited point with the smallest error, so it is never worse than 0 or the global strength on the rows
+  it was judged on. `selection="last"` gives the paper's rule.
+
+Cost: one stacked sweep of three copies, one sweep a step (at most `max_steps`), one sweep for the refit; each measured
+solution costs an (out, in) x (in, in) product.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from bitmend.linalg.moments import Moments
+from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
+from bitmend.numerics.qtensor import QTensor
+from bitmend.protocols import SOLVERS, Need, Problem, Solution
+
+LARGEST_STEP = 0.3
+SMALLEST_STEP = 1e-3
+CLOSE_ENOUGH = 0.02
+FLAT = 1e-5
+
+
+@SOLVERS.register("marr", paper="arXiv:2605.17997")
+@dataclass(frozen=True)
+class Marr:
+    """GPTAQ-like rounding whose residual strength each matrix finds for itself, by a PID loop on held-out error.
+
+    Attributes:
+        form: how the residual is repaired; see `linalg.strength`.
+        grid: scales from the original weight or from the moved target (`shifted`, form `shift` only).
+        feedback: `held_out`, or `in_sample` for the study.
+        signal: `total` corrects the projected error by the measured slope, `projection` does not, `secant` uses the
+            slope alone.
+        kp: gain on the change of the error.
+        ki: gain on the error.
+        kd: gain on the change of the change.
+        start: where the loop begins: `closed_form`, `global` or `zero`.
+        global_strength: the strength to beat.
+        max_strength: upper bound; the lower one is 0.
+        max_steps: steps of the loop, at most; 0 takes the best of the first sweep.
+        selection: `best` visited point, or `last`.
+        folds: 1, or 2 to average the feedback over both ways of using the two parts.
+        refit: fit again on all rows at the chosen strength.
+        damping: added to the diagonal of G, as a fraction of its mean; dimensionless, > 0.
+        order: "diagonal" rounds columns by decreasing mean square of their input, "natural" from left to right.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset(
+        {Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT, Need.HELD_OUT}
+    )
+    form: Form = "gptaq"
+    grid: GridSource = "original"
+    feedback: Literal["held_out", "in_sample"] = "held_out"
+    signal: Literal["total", "projection", "secant"] = "total"
+    kp: float = 0.2
+    ki: float = 0.6
+    kd: float = 0.05
+    start: Literal["closed_form", "global", "zero"] = "closed_form"
+    global_strength: float = 0.25
+    max_strength: float = 1.0
+    max_steps: int = 6
+    selection: Literal["best", "last"] = "best"
+    folds: Literal[1, 2] = 1
+    refit: bool = True
+    damping: float = 0.01
+    order: Literal["natural", "diagonal"] = "diagonal"
+
+    def solve(self, problem: Problem) -> Solution:
+        """Return the rounded matrix, with every step of the loop among the diagnostics.
+
+        Raises:
+            FactorizationError: the moments stay indefinite after the damping ladder.
+        """
+        if problem.fit is None:
+            raise ValueError("marr needs the moments G, C and D of its input")
+        started = time.perf_counter()
+        folds = self._folds(problem, problem.fit)
+        if folds[0].meter.no_residual:
+            loop = _Loop(self, folds)
+            loop.visit([0.0])
+            loop.stop = "no residual"
+        else:
+            loop = _Loop(self, folds)
+            loop.run()
+        chosen = loop.chosen()
+        diagnostics = {
+            "residual_strength": chosen.strength,
+            "closed_form_strength": folds[0].meter.closed_form,
+            "stop": loop.stop,
+            "passes": loop.passes,
+            "steps": [point.to_json() for point in loop.points],
+            "damping": folds[0].solver.factor.damping,
+            "dead_columns": folds[0].solver.factor.dead_columns,
+            "loop_seconds": time.perf_counter() - started,
+        }
+        if not self.refit or problem.everything is None:
+            return Solution(chosen.solution, diagnostics)
+        final = self._solver(problem, problem.everything, folds[0].solver).solve([chosen.strength])[0]
+        return Solution(final, diagnostics, proved=chosen.solution)
+
+    def _folds(self, problem: Problem, fit: Moments) -> list["_Fold"]:
+        held_out = problem.held_out
+        judge = fit if self.feedback == "in_sample" or held_out is None else held_out
+        first = self._solver(problem, fit, None)
+        folds = [_Fold(first, StrengthMeter(problem.weight, first.direction(), judge))]
+        if self.folds == 2 and held_out is not None:
+            second = self._solver(problem, held_out, first)
+            judge = held_out if self.feedback == "in_sample" else fit
+            folds.append(_Fold(second, StrengthMeter(problem.weight, second.direction(), judge)))
+        return folds
+
+    def _solver(self, problem: Problem, moments: Moments, known: StrengthSolver | None) -> StrengthSolver:
+        return StrengthSolver(
+            problem.weight,
+            problem.spec,
+            moments,
+            form=self.form,
+            grid=self.grid,
+            damping=self.damping,
+            order=self.order,
+            qparams=None if known is None else known.qparams,
+        )
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A solver on some rows and a meter on others."""
+
+    solver: StrengthSolver
+    meter: StrengthMeter
+
+
+@dataclass
+class _Point:
+    """One visited strength. `error` is J over the layer's output energy, `projection` is e in units of strength."""
+
+    strength: float
+    error: float
+    projection: float
+    solution: QTensor
+    slope: float = 0.0
+    feedback: float = float("nan")
+    p: float = 0.0
+    i: float = 0.0
+    d: float = 0.0
+    update: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        names = ("strength", "error", "projection", "slope", "feedback", "p", "i", "d", "update")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class _Loop:
+    """The PID loop of one matrix."""
+
+    marr: Marr
+    folds: list[_Fold]
+    points: list[_Point] = field(default_factory=list)
+    passes: int = 0
+    stop: str = "max_steps"
+
+    def run(self) -> None:
+        """Solve 0, the global strength and the start at once, then step until a stop rule holds."""
+        start = self._start()
+        self.visit(list(dict.fromkeys([0.0, self._clip(self.marr.global_strength), start])))
+        # The loop continues from the start, which is the last visited point unless it coincides with another.
+        self.points.sort(key=lambda point: point.strength == start)
+        feedback: list[float] = []
+        for _ in range(self.marr.max_steps):
+            point = self.points[-1]
+            feedback.append(self._feedback(point))
+            self._control(point, feedback)
+            if self._stops(point):
+                return
+            self.visit([self._clip(point.strength + point.update)])
+
+    def chosen(self) -> _Point:
+        """Return the point whose solution is kept."""
+        if self.marr.selection == "last":
+            return self.points[-1]
+        return min(self.points, key=lambda point: point.error)
+
+    def visit(self, strengths: Sequence[float]) -> None:
+        """Solve and measure some strengths in one stacked sweep a fold."""
+        solved = [fold.solver.solve(strengths) for fold in self.folds]
+        self.passes += len(self.folds)
+        for position, strength in enumerate(strengths):
+            seen = [fold.meter.measure(solutions[position]) for fold, solutions in zip(self.folds, solved, strict=True)]
+            error = sum(one.error for one in seen) / len(seen)
+            projection = sum(one.projection for one in seen) / len(seen)
+            self.points.append(_Point(strength, error, projection, solved[0][position]))
+
+    def _start(self) -> float:
+        if self.marr.start == "zero":
+            return 0.0
+        if self.marr.start == "global":
+            return self._clip(self.marr.global_strength)
+        return self._clip(sum(fold.meter.closed_form for fold in self.folds) / len(self.folds))
+
+    def _clip(self, strength: float) -> float:
+        return min(max(strength, 0.0), self.marr.max_strength)
+
+    def _feedback(self, point: _Point) -> float:
+        """Return the distance to the best strength, as the chosen signal sees it."""
+        gain = sum(fold.meter.relative_gain for fold in self.folds) / len(self.folds)
+        point.slope = _slope(self.points, gain)
+        if self.marr.signal == "projection":
+            point.feedback = point.projection
+        elif self.marr.signal == "total":
+            point.feedback = point.projection - point.slope / (2 * gain)
+        else:
+            point.feedback = _secant(self.points, gain)
+        return point.feedback
+
+    def _control(self, point: _Point, e: list[float]) -> None:
+        """Write the P, I and D parts of the step, and the clipped step."""
+        point.i = self.marr.ki * e[-1]
+        point.p = self.marr.kp * (e[-1] - e[-2]) if len(e) > 1 else 0.0
+        point.d = self.marr.kd * (e[-1] - 2 * e[-2] + e[-3]) if len(e) > 2 else 0.0
+        point.update = min(max(point.p + point.i + point.d, -LARGEST_STEP), LARGEST_STEP)
+
+    def _stops(self, point: _Point) -> bool:
+        last = self.points[-2] if len(self.points) > 3 else None
+        if abs(point.feedback) < CLOSE_ENOUGH:
+            self.stop = "error near zero"
+        elif last is not None and abs(point.error - last.error) < FLAT * self.points[0].error:
+            self.stop = "error flat"
+        elif self._clip(point.strength + point.update) == point.strength:
+            self.stop = "at the bound"
+        elif abs(point.update) < SMALLEST_STEP:
+            self.stop = "step too small"
+        else:
+            return False
+        return True
+
+
+def _slope(points: Sequence[_Point], gain: float) -> float:
+    """Return what the measured errors add to the slope that the projections predict, by least squares over pairs.
+
+    Between two points the projections predict J_i - J_j = - gain (e_i + e_j) (a_i - a_j) (trapezoid of -2 gain e). What is
+    left over, per unit of strength, is the cost of rounding and clipping that grows with the strength.
+    """
+    top = bottom = 0.0
+    for i, one in enumerate(points):
+        for other in points[:i]:
+            distance = one.strength - other.strength
+            left = one.error - other.error + gain * (one.projection + other.projection) * distance
+            top += left * distance
+            bottom += distance**2
+    return top / bottom if bottom else 0.0
+
+
+def _secant(points: Sequence[_Point], gain: float) -> float:
+    """Return the error of strength from the last two measured errors alone."""
+    for other in reversed(points[:-1]):
+        distance = points[-1].strength - other.strength
+        if not math.isclose(distance, 0.0, abs_tol=1e-9):
+            return -(points[-1].error - other.error) / (2 * gain * distance)
+    return 0.0

@@ -1,0 +1,81 @@
+"""A residual strength of its own for every matrix, the best of a fixed grid on held-out rows.
+
+The plain rival of MARR's loop (arXiv:2605.17997): all strengths of the grid are solved in one stacked sweep, measured on
+held-out moments, and the best is kept. Symbols and forms as in `linalg.strength`.
+
+Cost: one sweep over as many stacked copies as the grid has points, as many (out, in) x (in, in) products, one refit sweep.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from bitmend.linalg.moments import Moments
+from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
+from bitmend.protocols import SOLVERS, Need, Problem, Solution
+
+
+@SOLVERS.register("strength_grid", paper="ours, against arXiv:2605.17997")
+@dataclass(frozen=True)
+class StrengthGrid:
+    """GPTAQ-like rounding whose residual strength is the best of a fixed grid on held-out rows, for each matrix.
+
+    Attributes:
+        form: how the residual is repaired; see `linalg.strength`.
+        grid: scales from the original weight or from the moved target (`shifted`, form `shift` only).
+        feedback: `held_out`, or `in_sample` for the study.
+        points: how many strengths, evenly spaced from 0 to `max_strength`.
+        max_strength: the largest one.
+        refit: fit again on all rows at the chosen strength.
+        damping: added to the diagonal of G, as a fraction of its mean; dimensionless, > 0.
+        order: "diagonal" rounds columns by decreasing mean square of their input, "natural" from left to right.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset(
+        {Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT, Need.HELD_OUT}
+    )
+    form: Form = "gptaq"
+    grid: GridSource = "original"
+    feedback: Literal["held_out", "in_sample"] = "held_out"
+    points: int = 13
+    max_strength: float = 1.2
+    refit: bool = True
+    damping: float = 0.01
+    order: Literal["natural", "diagonal"] = "diagonal"
+
+    def solve(self, problem: Problem) -> Solution:
+        """Return the rounded matrix.
+
+        Raises:
+            FactorizationError: the moments stay indefinite after the damping ladder.
+        """
+        fit = problem.fit
+        if fit is None:
+            raise ValueError("strength_grid needs the moments G, C and D of its input")
+        solver = self._solver(problem, fit)
+        judge = fit if self.feedback == "in_sample" or problem.held_out is None else problem.held_out
+        meter = StrengthMeter(problem.weight, solver.direction(), judge)
+        strengths = [self.max_strength * k / max(1, self.points - 1) for k in range(self.points)]
+        solutions = solver.solve(strengths)
+        errors = [meter.measure(solution).error for solution in solutions]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        diagnostics = {
+            "residual_strength": strengths[best],
+            "steps": [{"strength": a, "error": error} for a, error in zip(strengths, errors, strict=True)],
+            "damping": solver.factor.damping,
+            "dead_columns": solver.factor.dead_columns,
+        }
+        if not self.refit or problem.everything is None:
+            return Solution(solutions[best], diagnostics)
+        final = self._solver(problem, problem.everything).solve([strengths[best]])[0]
+        return Solution(final, diagnostics, proved=solutions[best])
+
+    def _solver(self, problem: Problem, moments: Moments) -> StrengthSolver:
+        return StrengthSolver(
+            problem.weight,
+            problem.spec,
+            moments,
+            form=self.form,
+            grid=self.grid,
+            damping=self.damping,
+            order=self.order,
+        )

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+
+from bitmend.errors import CheckpointError
+from bitmend.formats.ledger import CATEGORIES, QUANTISED, ledger
+
+
+def file_bytes(folder):
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def row(account, name):
+    return next(row for row in account.rows if row.name == name)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 0, 16])
+def test_every_bit_of_the_files_is_booked_once(quantised, helpers, bits, symmetric, group_size):
+    made = quantised(lambda name: helpers.spec(bits, symmetric, group_size) if ".layers." in name else None)
+    account = ledger(made.output)
+    assert set(account.bits) == set(CATEGORIES)
+    assert sum(account.bits.values()) == 8 * account.file_bytes == 8 * file_bytes(made.output)
+    assert sum(sum(row.bits.values()) for row in account.rows) + account.bits["header"] == 8 * account.file_bytes
+    weights = sum(qtensor.codes.numel() for qtensor in made.qtensors.values())
+    assert account.quantised_weights == weights
+    assert account.bits["codes"] == weights * bits
+    assert account.parameters == sum(parameter.numel() for parameter in made.dense.parameters())
+    assert (account.bits["zero_points"] == 0) == symmetric
+
+
+def test_a_case_by_hand(quantised, helpers):
+    """k_proj is 16 x 32: 3-bit codes fill 3 words a row; 2 bf16 scales a row; 2 x 16 zero points of 3 bits, 2 words each."""
+    spec = helpers.spec(3, False, 16, scale_dtype=torch.bfloat16)
+    account = ledger(quantised(lambda name: spec if "k_proj" in name else None).output)
+    found = row(account, "model.layers.1.self_attn.k_proj")
+    assert found.bits == {
+        "codes": 16 * 32 * 3, "scales": 16 * 2 * 16, "zero_points": 16 * 2 * 3, "padding": 2 * 2 * 32 - 16 * 2 * 3,
+        "biases": 16 * 32,
+    }  # fmt: skip
+    assert (found.weights, found.code_bits) == (16 * 32, 3)
+    assert found.bits_per_weight == account.bits_per_weight == (512 * 3 + 512 + 128) / 512
+    assert account.bits_per_weight_model == (8 * account.file_bytes - account.bits["header"]) / account.parameters
+
+
+def test_padding_is_a_line_of_its_own(quantised, helpers):
+    account = ledger(quantised(lambda name: helpers.spec(3, True, -1) if "down_proj" in name else None).output)
+    found = row(account, "model.layers.0.mlp.down_proj")  # 48 columns x 3 bits = 144, in 5 words of 32
+    assert found.bits["padding"] == 32 * (160 - 144)
+
+
+def test_four_bits_in_groups_of_128_with_half_precision_scales_take_an_eighth_more(quantised, helpers):
+    def scheme(name):
+        return helpers.spec(4, True, 128, ragged=True, scale_dtype=torch.bfloat16) if "q_proj" in name else None
+
+    account = ledger(quantised(scheme).output)
+    assert account.bits_per_weight == 4 + 16 / 32  # the group is cut short by the width of 32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_folders_have_a_ledger_too(saved, tied):
+    folder = saved("llama", torch.bfloat16, tied)
+    account = ledger(folder)
+    assert sum(account.bits.values()) == 8 * file_bytes(folder)
+    assert account.bits_per_weight is None
+    assert account.quantised_weights == 0
+    assert account.bits_per_weight_model == 16
+    assert account.bits["embeddings"] == 96 * 32 * 16
+    assert account.bits["head"] == (0 if tied else 96 * 32 * 16)
+    assert account.bits["norms"] == 5 * 32 * 16
+    assert all(account.bits[category] == 0 for category in QUANTISED)
+
+
+def test_names_of_gpt2(saved):
+    account = ledger(saved("gpt2"))
+    assert account.bits["embeddings"] == (96 + 64) * 32 * 32
+    assert account.bits["norms"] == (2 * 2 + 1) * 2 * 32 * 32
+    assert account.bits["head"] == 96 * 32 * 32
+    assert account.bits["layers"] == 2 * 12 * 32 * 32 * 32
+    assert account.bits["other"] == 0
+
+
+def test_a_quantised_embedding_counts_as_a_quantised_layer(quantised, helpers):
+    account = ledger(quantised(lambda name: helpers.spec(8, True, -1), tied=True).output)
+    assert account.bits["embeddings"] == account.bits["head"] == 0
+    assert row(account, "model.embed_tokens").bits_per_weight == 8 + 32 / 32
+
+
+def test_shards_are_summed(quantised):
+    made = quantised(shard_bytes=20_000)
+    account = ledger(made.output)
+    assert account.file_bytes == file_bytes(made.output)
+    assert sum(account.bits.values()) == 8 * account.file_bytes
+
+
+def test_rows_are_in_natural_order(quantised):
+    names = [row.name for row in ledger(quantised().output).rows]
+    assert names.index("model.layers.0.mlp.down_proj") < names.index("model.layers.1.input_layernorm")
+
+
+def test_the_writer_stores_it(quantised):
+    output = quantised().output
+    assert json.loads((output / "ledger.json").read_text()) == ledger(output).to_json()
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, quantised):
+    with pytest.raises(CheckpointError, match=r"is no model folder: it has no config\.json"):
+        ledger(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weights in safetensors files"):
+        ledger(tmp_path)
+
+
+def test_compressed_tensors_of_other_makers(quantised, tmp_path):
+    """Groups by pattern and by class, as llm-compressor writes them; the most specific target wins."""
+    from safetensors.torch import load_file, save_file
+
+    made = quantised()
+    tensors = load_file(made.output / "model.safetensors")
+    for name, qtensor in made.qtensors.items():
+        tensors[f"{name}.weight_shape"] = torch.tensor(qtensor.codes.shape)
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    groups = {"a": (["Linear"], 8), "b": (["re:.*proj"], 4)}
+    config_groups = {key: {"targets": names, "weights": {"num_bits": bits}} for key, (names, bits) in groups.items()}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": config_groups}}
+    (folder / "config.json").write_text(json.dumps(config))
+    account = ledger(folder)
+    assert account.bits["codes"] == 4 * account.quantised_weights
+    assert account.bits["shapes"] == 128 * len(made.qtensors)
+    assert sum(account.bits.values()) == 8 * account.file_bytes
+    config_groups.clear()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"no group of .* targets the quantised module model"):
+        ledger(folder)
