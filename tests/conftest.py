@@ -1,9 +1,22 @@
-"""Settings that all tests share."""
+"""Settings that all tests share, and tiny language models with a tokenizer for the tests that run the whole pipeline."""
 
+import importlib.util
 import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from bitmend.protocols import SOLVERS, TRANSFORMS
+from bitmend.registry import Entry
 
 # The same examples every time, so that a red run can be repeated; `HYPOTHESIS_PROFILE=explore` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -11,3 +24,85 @@ settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 torch.set_num_threads(1)
+
+VOCABULARY = 61
+
+
+def load_families() -> Any:
+    # Tests are no package, so the file has to be loaded by its path; once, so that its classes are the same.
+    name = "bitmend_test_families"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "models" / "families.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name].FAMILIES
+
+
+class Tiny:
+    """Makers of models that take milliseconds. Word "w7" is token 7; 0, 1, 2 are padding, begin and end of text."""
+
+    vocabulary = VOCABULARY
+    families = load_families()
+
+    @staticmethod
+    def tokenizer() -> PreTrainedTokenizerFast:
+        words = {f"w{number}": number for number in range(VOCABULARY)}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+        tokenizer.pre_tokenizer = WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="w0", pad_token="w0", bos_token="w1", eos_token="w2"
+        )
+
+    @classmethod
+    def build(cls, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+        kind = cls.families[family]
+        layers = 3 if "layer_types" in kind.changes else 2
+        return kind.build(**{"num_hidden_layers": layers, **changes}).to(dtype)
+
+    @classmethod
+    def save(cls, folder: Path, model: Any) -> Path:
+        model.save_pretrained(folder)
+        cls.tokenizer().save_pretrained(folder)
+        return folder
+
+    @staticmethod
+    def write_text(path: Path, words: int, seed: int = 0) -> Path:
+        draw = random.Random(seed)
+        path.write_text(" ".join(f"w{draw.randrange(3, VOCABULARY)}" for _ in range(words)))
+        return path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> type[Tiny]:
+    return Tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of two blocks, with its tokenizer; read only."""
+    return Tiny.save(tmp_path_factory.mktemp("models") / "tiny", Tiny.build())
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 words."""
+    return Tiny.write_text(tmp_path_factory.mktemp("texts") / "words.txt", 2000)
+
+
+@pytest.fixture
+def add_part(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return functions that register a solver or a transform until the test ends."""
+
+    class Add:
+        @staticmethod
+        def solver(name: str, part: Any) -> None:
+            monkeypatch.setitem(SOLVERS._entries, name, Entry(name, part, "", "only in this test"))
+
+        @staticmethod
+        def transform(name: str, part: Any) -> None:
+            monkeypatch.setitem(TRANSFORMS._entries, name, Entry(name, part, "", "only in this test"))
+
+    return Add

@@ -39,7 +39,7 @@ def test_zero_points_go_through_the_decompressor(exported, ids):
 
 @pytest.mark.parametrize(("change", "message"), [("remove", "missing: "), ("add", "left over: ")])
 def test_missing_and_left_over_tensors_are_errors(exported, change, message):
-    _, folder = exported(symmetric=False)
+    _, folder = exported(symmetric=True)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     if change == "remove":

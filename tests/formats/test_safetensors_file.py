@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from bitmend.errors import CheckpointError
 from bitmend.formats.safetensors_file import (
     DTYPES,
+    StoredTensors,
     copy_chunks,
     header_text,
     parse_json,
@@ -78,6 +79,19 @@ def test_hash_while_writing(tmp_path):
         list(copy_chunks(path, 1, 9))
     with pytest.raises(FileExistsError):
         write_hashed(path, iter([]))
+
+
+def test_stored_tensors_are_a_mapping_over_files(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "1")
+    save_file({"b": torch.zeros(3), "c": torch.ones(1)}, tmp_path / "2")
+    stored = StoredTensors([tmp_path / "1", tmp_path / "2"])
+    assert list(stored) == ["a", "b", "c"]
+    assert len(stored) == 3
+    assert "a" in stored
+    assert "d" not in stored
+    assert torch.equal(stored["b"], torch.zeros(3))
+    with pytest.raises(KeyError):
+        stored["d"]
 
 
 def broken(tmp_path, table, data=b"", length=None):

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from bitmend.errors import RequestError
@@ -28,7 +27,7 @@ from bitmend.formats.integrity import check_files, read_config, weight_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.native import read_packed
 from bitmend.formats.reopen import compare_logits
-from bitmend.formats.safetensors_file import read_header
+from bitmend.formats.safetensors_file import StoredTensors
 from bitmend.formats.writer import CheckpointWriter
 from bitmend.numerics.granularity import PerGroup, PerTensor
 from bitmend.numerics.qtensor import QuantSpec
@@ -94,12 +93,12 @@ class CompressedTensors:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """The source, opened; gives a tensor for its name.
+    """The source, opened.
 
     Attributes:
         folder: where it lies.
         dtype: of the model.
-        files: tensor name -> file.
+        tensors: all that the files hold.
         exported: modules that stay quantised.
         dequantised: embedding and head, when they are quantised.
         unquantised: linear layers that are not exported as quantised.
@@ -107,21 +106,10 @@ class _Checkpoint:
 
     folder: Path
     dtype: torch.dtype
-    files: Mapping[str, Path]
+    tensors: StoredTensors
     exported: Mapping[str, ManifestEntry]
     dequantised: Mapping[str, ManifestEntry]
     unquantised: tuple[str, ...]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.files
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def packed(self, name: str, entry: ManifestEntry) -> PackedWeight:
-        """Return the packed weight of a module."""
-        return read_packed(self, name, entry)  # type: ignore[arg-type]  # needs no more of a mapping than this
 
 
 def _open(folder: Path) -> _Checkpoint:
@@ -144,7 +132,7 @@ def _open(folder: Path) -> _Checkpoint:
     return _Checkpoint(
         folder,
         model.dtype,
-        {name: file for file in files for name in read_header(file).tensors},
+        StoredTensors(files),
         exported,
         dequantised,
         tuple(name for name in linears if name not in exported),
@@ -176,7 +164,7 @@ def _check_holds(name: str, entry: ManifestEntry, checkpoint: _Checkpoint) -> No
             f"{name} has {columns} input channels in groups of {spec.granularity.size}; compressed-tensors cannot hold "
             f"a shorter last group; quantise with a group_size that divides the width"
         )
-    scale = checkpoint[f"{name}.{SCALE}"]
+    scale = checkpoint.tensors[f"{name}.{SCALE}"]
     if not torch.equal(scale.to(checkpoint.dtype).float(), scale.float()):
         raise RequestError(
             f"{name} has scales in {spec.scale_dtype} that change when cast to {checkpoint.dtype}, the model's dtype, "
@@ -219,14 +207,14 @@ def _parts(checkpoint: _Checkpoint) -> Iterator[dict[str, Tensor]]:
 
 def _pieces(checkpoint: _Checkpoint) -> Iterator[dict[str, Tensor]]:
     for name, entry in checkpoint.exported.items():
-        yield _module_tensors(name, checkpoint.packed(name, entry), checkpoint.dtype)
+        yield _module_tensors(name, read_packed(checkpoint.tensors, name, entry), checkpoint.dtype)
     for name, entry in checkpoint.dequantised.items():
-        yield {f"{name}.weight": checkpoint.packed(name, entry).dequantize(checkpoint.dtype)}
+        yield {f"{name}.weight": read_packed(checkpoint.tensors, name, entry).dequantize(checkpoint.dtype)}
     quantised = {*checkpoint.exported, *checkpoint.dequantised}
-    for name in checkpoint.files:
+    for name in checkpoint.tensors:
         module, _, leaf = name.rpartition(".")
         if module not in quantised or leaf not in (WORDS, SCALE, ZERO_WORDS):
-            yield {name: checkpoint[name]}
+            yield {name: checkpoint.tensors[name]}
 
 
 def _module_tensors(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from bitmend.errors import CheckpointError
@@ -112,6 +113,30 @@ def read_header(path: Path) -> Header:
     tensors = {name: _record(path, name, item, start) for name, item in table.items()}
     _check_contiguous(path, tensors, start, file_bytes)
     return Header(tensors, start, file_bytes, metadata)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of some files under their names, each read when it is asked for.
+
+    Raises:
+        CheckpointError: a file is malformed.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = {name: file for file in files for name in read_header(file).tensors}
+        self._open: dict[Path, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
