@@ -161,7 +161,9 @@ def test_moments_equal_those_of_hooked_inputs(tiny, folder, rows, family, layers
         name = f"{layers}.1.{path}"
         x, x_fp = hooked_inputs(rounded, name, batches), hooked_inputs(original, name, batches)
         for found, wanted in ((fit, False), (proof, True)):
-            xs, xs_fp = ([rows for rows, mark in zip(one, held_out, strict=True) if mark is wanted] for one in (x, x_fp))
+            xs, xs_fp = (
+                [rows for rows, mark in zip(one, held_out, strict=True) if mark is wanted] for one in (x, x_fp)
+            )
             expected = brute_force(xs, xs_fp)
             assert_moments(found, expected, sum(map(len, xs)))
             asymmetry = (expected["C"] - expected["C"].T).abs().max()

@@ -287,11 +287,15 @@ def test_a_killed_write_leaves_nothing_that_loads(source, tmp_path, monkeypatch,
     def kill(*args, **kwargs):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(f"bitmend.formats.writer.{moment}", kill)
+    def run():
         writer = CheckpointWriter(source, tmp_path / "out")
         writer.add("block", {"w": torch.ones(2)})
         writer.finish(None, {"run.json": {}})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"bitmend.formats.writer.{moment}", kill)
+        with pytest.raises(Killed):
+            run()
     nothing_is_left(source, tmp_path / "out")
 
 

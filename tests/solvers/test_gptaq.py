@@ -49,9 +49,7 @@ def test_the_residual_is_repaired_on_rows_never_seen(make_layer):
     # Many tokens for few inputs and a strong residual: here believing more of it pays, by the error on other rows.
     problem = make_layer(out=32, width=24, bits=4, tokens=4000, noise=0.4).problem
     errors = [
-        problem.held_out.output_error(
-            problem.weight, Gptaq(residual_strength=a).solve(problem).qtensor.dequantize()
-        )
+        problem.held_out.output_error(problem.weight, Gptaq(residual_strength=a).solve(problem).qtensor.dequantize())
         for a in (0.0, 0.25, 1.0)
     ]
     assert errors[2] < errors[1] < errors[0]
@@ -62,7 +60,8 @@ def test_reference_blocks_differ_only_beyond_128_columns(make_layer):
     wide = make_layer(width=160, out=32, bits=2, tokens=800, noise=0.5).problem
     for problem, same in ((narrow, True), (wide, False)):
         exact, lazy = (
-            Gptaq(residual_strength=1.0, compat=compat).solve(problem).qtensor.codes for compat in ("exact", "reference")
+            Gptaq(residual_strength=1.0, compat=compat).solve(problem).qtensor.codes
+            for compat in ("exact", "reference")
         )
         assert torch.equal(exact, lazy) is same
 

@@ -36,7 +36,6 @@ from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 Form = Literal["gptaq", "shift", "rescomp", "rescomp_first"]
 GridSource = Literal["original", "shifted"]
 RESCOMP_SECOND = 0.25
-RESCOMP_PROBE = 0.1
 
 
 class StrengthSolver:
@@ -95,16 +94,17 @@ class StrengthSolver:
         return [solved.rows(start, start + rows) for start in range(0, count * rows, rows)]
 
     def direction(self) -> Float[Tensor, "out in"]:
-        """Return B, how the solution moves per unit of strength; float64."""
+        """Return B, how the unrounded solution moves per unit of strength; float64.
+
+        The second term of ResComp is left out: it acts on what rounding has moved, which has no direction of its own. (A
+        difference of two rounded solutions would see it, but at two bits it sees the rounding instead.)
+        """
         if self._shift is not None:
             return self._shift
-        if self.form == "gptaq":
-            moved = self.weight.double()[:, self.factor.order] @ self._causal_rows()
-            direction = torch.empty_like(moved)
-            direction[:, self.factor.order] = moved
-            return direction
-        near, far = (solution.dequantize(torch.float64) for solution in self.solve([0.0, RESCOMP_PROBE]))
-        return (far - near) / RESCOMP_PROBE
+        moved = self.weight.double()[:, self.factor.order] @ self._causal_rows()
+        direction = torch.empty_like(moved)
+        direction[:, self.factor.order] = moved
+        return direction
 
     def _terms(self, a: Float[Tensor, " stacked"]) -> list[Residual]:
         terms = [Residual(self._causal_rows(), a)]
@@ -168,9 +168,9 @@ class StrengthMeter:
         """tr(B G B^T) over the energy of the full-precision output: curvature of J / energy along the direction."""
         return self.gain / float(self._energy)
 
-    def measure(self, solution: QTensor) -> Measured:
-        """Return J and e of a solution. Cost: one (out, in) x (in, in) product in float64."""
-        E = solution.dequantize(torch.float64) - self._weight
+    def measure(self, solution: Float[Tensor, "out in"]) -> Measured:
+        """Return J and e of a solution, given in float64. Cost: one (out, in) x (in, in) product in float64."""
+        E = solution - self._weight
         EG = E @ self._G
         error = torch.sum(EG * E) - 2 * torch.sum(E * self._target) + self._constant
         projection = float("nan")

@@ -151,4 +151,4 @@ def _factor_events(site: LinearSite, rows: _Rows) -> list[Event]:
         if factor.dead_columns:
             message = f"{factor.dead_columns} of {site.shape[1]} inputs were zero on every calibration token"
             events.append(Event("dead_columns", site.name, f"{message}; their weights are rounded to nearest"))
-    return events
+    return list(dict.fromkeys(events))  # one solver may use several factors of the same moments

@@ -132,7 +132,7 @@ class _Loop:
             solved[site.name] = solution.qtensor
             report.sites.append(site_report)
             self.report.events += solution.events
-        in_solver = sum(site.seconds for site in report.sites)
+        in_solver = sum((site.seconds for site in report.sites), 0.0)
         self._add_seconds("solve", in_solver)
         self._add_seconds("moments", time.perf_counter() - started - in_solver)
         return solved

@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
+
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
 from bitmend.numerics.qtensor import QTensor
@@ -203,7 +205,10 @@ class _Loop:
         solved = [fold.solver.solve(strengths) for fold in self.folds]
         self.passes += len(self.folds)
         for position, strength in enumerate(strengths):
-            seen = [fold.meter.measure(solutions[position]) for fold, solutions in zip(self.folds, solved, strict=True)]
+            seen = [
+                fold.meter.measure(solutions[position].dequantize(torch.float64))
+                for fold, solutions in zip(self.folds, solved, strict=True)
+            ]
             error = sum(one.error for one in seen) / len(seen)
             projection = sum(one.projection for one in seen) / len(seen)
             self.points.append(_Point(strength, error, projection, solved[0][position]))

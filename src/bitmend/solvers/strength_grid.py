@@ -9,6 +9,8 @@ Cost: one sweep over as many stacked copies as the grid has points, as many (out
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
@@ -56,7 +58,7 @@ class StrengthGrid:
         meter = StrengthMeter(problem.weight, solver.direction(), judge)
         strengths = [self.max_strength * k / max(1, self.points - 1) for k in range(self.points)]
         solutions = solver.solve(strengths)
-        errors = [meter.measure(solution).error for solution in solutions]
+        errors = [meter.measure(solution.dequantize(torch.float64)).error for solution in solutions]
         best = min(range(len(errors)), key=errors.__getitem__)
         diagnostics = {
             "residual_strength": strengths[best],

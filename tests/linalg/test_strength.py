@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from bitmend.linalg.moments import MomentSums
+from bitmend.linalg.strength import StrengthMeter, StrengthSolver
+from bitmend.numerics.granularity import PerChannel
+from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.uniform import UniformGrid
+
+FORMS = ("gptaq", "shift", "rescomp", "rescomp_first")
+
+
+def moments(seed, tokens=500, width=12, noise=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99)) / width**0.5
+    drift = torch.randn(width, width, generator=torch.Generator().manual_seed(98)) / width**0.5
+    x_fp = torch.randn(tokens, width, generator=generator) @ mixing
+    x = x_fp + noise * x_fp @ drift + 0.1 * torch.randn(tokens, width, generator=generator)
+    sums = MomentSums(width, cross=True, residual=True, device=x.device)
+    sums.add_(x, x_fp)
+    return sums.means()
+
+
+WEIGHT = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+FINE = QuantSpec(UniformGrid(8, symmetric=True), PerChannel(), "minmax")
+COARSE = QuantSpec(UniformGrid(3, symmetric=True), PerChannel(), "minmax")
+
+
+def solver(spec, form, grid="original"):
+    return StrengthSolver(WEIGHT, spec, moments(0), form=form, grid=grid, damping=0.01, order="diagonal")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grid", ["original", "shifted"])
+def test_one_sweep_for_all_strengths_equals_one_each(form, grid):
+    strengths = [0.0, 0.3, 1.0]
+    together = solver(COARSE, form, grid).solve(strengths)
+    for strength, solution in zip(strengths, together, strict=True):
+        alone = solver(COARSE, form, grid).solve([strength])[0]
+        assert torch.equal(solution.codes, alone.codes)
+        assert torch.equal(solution.qparams.scale, alone.qparams.scale)
+
+
+def test_the_meter_agrees_with_the_moments():
+    judged = moments(1)
+    meter = StrengthMeter(WEIGHT, solver(COARSE, "shift").direction(), judged)
+    solution = solver(COARSE, "shift").solve([0.5])[0]
+    expected = judged.output_error(WEIGHT, solution.dequantize()) / judged.output_energy(WEIGHT)
+    assert meter.measure(solution.dequantize(torch.float64)).error == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["gptaq", "shift"])
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.3])
+def test_without_rounding_the_error_is_the_distance_to_the_closed_form(form, strength):
+    direction = solver(COARSE, form).direction()
+    meter = StrengthMeter(WEIGHT, direction, moments(1))
+    seen = meter.measure(WEIGHT.double() + strength * direction)
+    assert seen.projection == pytest.approx(meter.closed_form - strength, abs=1e-9)
+
+
+def test_the_closed_form_has_the_smallest_error_on_its_line():
+    direction = solver(COARSE, "shift").direction()
+    meter = StrengthMeter(WEIGHT, direction, moments(1))
+    errors = [
+        meter.measure(WEIGHT.double() + (meter.closed_form + step) * direction).error for step in (-0.1, 0.0, 0.1)
+    ]
+    assert errors[1] < min(errors[0], errors[2])
+    # The curvature of J / energy along the direction is its relative gain.
+    assert errors[0] - errors[1] == pytest.approx(0.01 * meter.relative_gain, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_direction_is_how_a_fine_solution_moves(form):
+    fine = solver(FINE, form)
+    near, far = (one.dequantize(torch.float64) for one in fine.solve([0.0, 0.1]))
+    moved, direction = (far - near) / 0.1, fine.direction()
+    cosine = torch.sum(moved * direction) / (moved.norm() * direction.norm())
+    assert float(cosine) > 0.9
+
+
+def test_equal_streams_have_no_residual():
+    same = MomentSums(12, cross=True, residual=True, device=torch.device("cpu"))
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(3))
+    same.add_(x, x)
+    one = StrengthSolver(WEIGHT, COARSE, same.means(), form="gptaq", damping=0.01, order="natural")
+    meter = StrengthMeter(WEIGHT, one.direction(), same.means())
+    assert meter.no_residual
+    assert meter.closed_form == 0.0
+
+
+def test_cross_moments_are_needed():
+    plain = MomentSums(12, cross=False, residual=False, device=torch.device("cpu"))
+    plain.add_(torch.ones(3, 12), None)
+    with pytest.raises(ValueError, match="needs the cross moment C"):
+        StrengthSolver(WEIGHT, COARSE, plain.means(), form="gptaq", damping=0.01, order="natural")
+    with pytest.raises(ValueError, match="needs the moments C and D"):
+        StrengthMeter(WEIGHT, WEIGHT.double(), plain.means())

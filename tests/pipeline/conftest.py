@@ -1,0 +1,27 @@
+"""Runs of the whole pipeline on tiny models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitmend.pipeline.run import quantize
+
+KEYS = {
+    "weights.group_size": 8,
+    "weights.observer": "minmax",
+    "calibration.sequences": 8,
+    "calibration.sequence_length": 12,
+}
+
+
+@pytest.fixture
+def run_tiny(tmp_path: Path, tiny_model: Path, tiny_text: Path) -> Any:
+    """Return a function that quantises a folder (the tiny llama unless given) into `output` and gives the report."""
+
+    def run(output="out", model=None, recipe="gptq", keys=None, calibration=None, **options):
+        texts = [tiny_text] if calibration is None else calibration
+        overrides = {**KEYS, **(keys or {})}
+        return quantize(model or tiny_model, recipe, texts, output=tmp_path / output, overrides=overrides, **options)
+
+    return run

@@ -1,0 +1,283 @@
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from bitmend.errors import FactorizationError, NumericsError
+from bitmend.linalg.moments import Moments, MomentSums, merge
+from bitmend.numerics.granularity import PerChannel
+from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.numerics.uniform import UniformGrid
+from bitmend.pipeline.per_site import PerSite, relative_error
+from bitmend.protocols import BlockSolver, Event, Need, Problem, Solution
+from bitmend.sites import Block, LinearSite, SiteGroup
+from bitmend.solvers.gptq import Gptq
+from bitmend.solvers.rtn import Rtn
+
+WIDTH, OUT = 12, 10
+SPEC = QuantSpec(UniformGrid(3, True), PerChannel(), "minmax")
+PATHS = ("q", "k", "v")
+
+
+def moments_of(x):
+    sums = MomentSums(x.shape[1], cross=False, residual=False, device=x.device)
+    sums.add_(x, None)
+    return sums.means()
+
+
+@dataclass
+class Rows:
+    """Stands for the calibration data at a block."""
+
+    fit: Moments
+    held_out: Moments | None
+
+    def moments(self, group_index, needs):
+        self.asked = (group_index, needs)
+        return self.fit, self.held_out
+
+
+@pytest.fixture
+def inputs():
+    """Correlated inputs, so that GPTQ has something to repair."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
+    return torch.randn(60, WIDTH, generator=generator) @ mixing
+
+
+@pytest.fixture
+def rows(inputs):
+    return Rows(moments_of(inputs[:40]), moments_of(inputs[40:]))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(1)
+    module = nn.ModuleDict({path: nn.Linear(WIDTH, OUT, bias=False) for path in PATHS})
+    sites = tuple(LinearSite(f"m.0.{path}", path, "linear", (OUT, WIDTH)) for path in PATHS)
+    return Block("m.0", 0, module, (SiteGroup("{q,k,v}", sites, None),))
+
+
+def solve(solver, block, rows, *, refit=True, names=PATHS):
+    schemes = {f"m.0.{name}": SPEC for name in names}
+    return list(PerSite(solver, "mine", refit).solve_block(block, rows, schemes))
+
+
+def problem(block, path="q"):
+    site = next(site for site in block.sites if site.path == path)
+    return Problem(site, site.weight(block.module), SPEC)
+
+
+@dataclass(frozen=True)
+class RandomCodes:
+    """Bad on purpose."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
+
+    def solve(self, problem):
+        base = Rtn().solve(problem).qtensor
+        problem.fit.inverse_factor(0.01, "natural")
+        codes = torch.randint(-4, 4, base.codes.shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+        return Solution(QTensor(codes, base.qparams, base.spec), events=(Event("told", problem.site.name, "anyway"),))
+
+
+@dataclass(frozen=True)
+class BadAt:
+    """GPTQ, but random codes at one site."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
+    path: str
+
+    def solve(self, problem):
+        return (RandomCodes() if problem.site.path == self.path else Gptq()).solve(problem)
+
+
+@dataclass(frozen=True)
+class Chooses:
+    """Looks at the held-out rows itself."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT, Need.HELD_OUT})
+
+    def solve(self, problem):
+        seen = {"held_out": problem.held_out is not None, "rows": problem.fit.num_tokens}
+        return replace(Gptq().solve(problem), diagnostics=seen)
+
+
+def test_it_is_a_block_solver():
+    assert isinstance(PerSite(Rtn(), "rtn", True), BlockSolver)
+
+
+# ------------------------------------------------------------------------------------------------ the gate
+def test_a_bad_candidate_is_dropped_and_said_so(block, rows):
+    for site, solution, report in solve(RandomCodes(), block, rows):
+        base = Rtn().solve(problem(block, site.path)).qtensor
+        bad = RandomCodes().solve(replace(problem(block, site.path), fit=rows.fit)).qtensor
+        assert torch.equal(solution.qtensor.codes, base.codes)
+        assert not torch.equal(solution.qtensor.codes, bad.codes)
+        assert (report.accepted, report.solver, report.refitted) == (False, "rtn", False)
+        assert report.held_out_error == relative_error(problem(block, site.path), bad, rows.held_out)
+        assert report.base_held_out_error == relative_error(problem(block, site.path), base, rows.held_out)
+        assert report.held_out_error > report.base_held_out_error
+        assert report.fit_error == relative_error(problem(block, site.path), bad, rows.fit)
+        kinds = [event.kind for event in solution.events]
+        assert kinds == ["told", "dropped"]  # what the candidate had to tell is kept
+        message = solution.events[-1].message
+        assert message.startswith("mine was no better than round-to-nearest on held-out rows (")
+        assert f"{report.held_out_error:.4g} against {report.base_held_out_error:.4g}" in message
+        assert solution.events[-1].where == site.name
+
+
+def test_an_accepted_candidate_is_fitted_again_on_all_rows(block, rows):
+    changed = 0
+    for site, solution, report in solve(Gptq(), block, rows):
+        this = problem(block, site.path)
+        candidate = Gptq().solve(replace(this, fit=rows.fit)).qtensor
+        refitted = Gptq().solve(replace(this, fit=merge(rows.fit, rows.held_out))).qtensor
+        changed += not torch.equal(candidate.codes, refitted.codes)
+        assert torch.equal(solution.qtensor.codes, refitted.codes)
+        assert (report.accepted, report.solver, report.refitted) == (True, "mine", True)
+        assert report.held_out_error == relative_error(this, candidate, rows.held_out)
+        assert report.fit_error == relative_error(this, candidate, rows.fit)
+        assert report.held_out_error < report.base_held_out_error
+        assert report.seconds > 0
+    assert changed  # else the refit could not be told from the candidate
+
+
+def test_without_refit_the_candidate_is_stored(block, rows):
+    for site, solution, report in solve(Gptq(), block, rows, refit=False):
+        candidate = Gptq().solve(replace(problem(block, site.path), fit=rows.fit)).qtensor
+        assert torch.equal(solution.qtensor.codes, candidate.codes)
+        assert (report.accepted, report.refitted) == (True, False)
+
+
+def test_a_candidate_equal_to_the_base_is_kept(block, rows):
+    @dataclass(frozen=True)
+    class RtnWithRows(Rtn):
+        needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
+
+    for _, solution, report in solve(RtnWithRows(), block, rows):
+        assert report.held_out_error == report.base_held_out_error
+        assert report.accepted
+        assert solution.events == ()
+
+
+def test_without_held_out_rows_there_is_no_proof(block, rows):
+    for site, solution, report in solve(Gptq(), block, Rows(rows.fit, None)):
+        candidate = Gptq().solve(replace(problem(block, site.path), fit=rows.fit)).qtensor
+        assert torch.equal(solution.qtensor.codes, candidate.codes)
+        assert (report.held_out_error, report.base_held_out_error) == (None, None)
+        assert report.fit_error == relative_error(problem(block, site.path), candidate, rows.fit)
+        assert (report.accepted, report.refitted) == (True, False)
+
+
+def test_without_held_out_rows_even_a_bad_solver_stays(block, rows):
+    assert all(report.accepted for _, _, report in solve(RandomCodes(), block, Rows(rows.fit, None)))
+
+
+def test_a_solver_without_needs_measures_nothing(block):
+    for site, solution, report in solve(Rtn(), block, None):
+        assert torch.equal(solution.qtensor.codes, Rtn().solve(problem(block, site.path)).qtensor.codes)
+        assert (report.fit_error, report.held_out_error, report.base_held_out_error) == (None, None, None)
+        assert (report.accepted, report.refitted, solution.events) == (True, False, ())
+
+
+def test_a_solver_that_needs_data_says_so(block):
+    with pytest.raises(ValueError, match="solver mine needs calibration data"):
+        solve(Gptq(), block, None)
+
+
+def test_only_a_solver_that_asks_sees_the_held_out_rows(block, rows):
+    for _, _, report in solve(Chooses(), block, rows):
+        assert report.diagnostics["held_out"] is True
+        assert report.diagnostics["rows"] == 40  # it refits by itself if it wants to
+
+    @dataclass(frozen=True)
+    class Nosy(Chooses):
+        needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
+
+    for _, _, report in solve(Nosy(), block, rows):
+        assert report.diagnostics["held_out"] is False
+        assert report.diagnostics["rows"] == 60
+
+
+def test_sites_without_a_scheme_are_left_alone(block, rows):
+    assert [site.path for site, _, _ in solve(Gptq(), block, rows, names=("v",))] == ["v"]
+    untouched = Rows(rows.fit, rows.held_out)
+    assert solve(Gptq(), block, untouched, names=()) == []
+    assert not hasattr(untouched, "asked")
+
+
+# ------------------------------------------------------------------------------------------------ events of a group
+def with_dead_columns(inputs):
+    inputs = inputs.clone()
+    inputs[:, [2, 5]] = 0
+    return Rows(moments_of(inputs[:40]), moments_of(inputs[40:]))
+
+
+def shifted(moments, amount):
+    """Moments with one direction of negative energy, in units of the mean diagonal."""
+    values, vectors = torch.linalg.eigh(moments.G)
+    mean = moments.G.diagonal().mean()
+    values[0] = -amount * mean
+    return Moments(vectors @ values.diag() @ vectors.T, None, None, moments.num_tokens)
+
+
+def events_of(solved, kind):
+    return [event for _, solution, _ in solved for event in solution.events if event.kind == kind]
+
+
+@pytest.mark.parametrize("solver", [Gptq(), BadAt("q"), BadAt("v"), RandomCodes(), Chooses()], ids=str)
+@pytest.mark.parametrize("held_out", [True, False])
+def test_dead_columns_are_told_once_a_group(block, inputs, solver, held_out):
+    """Whichever of the candidates are kept or dropped."""
+    rows = with_dead_columns(inputs)
+    events = events_of(solve(solver, block, rows if held_out else Rows(rows.fit, None)), "dead_columns")
+    assert len(events) == 1
+    assert events[0].message.startswith(
+        "2 of 12 inputs were zero on every calibration token; their weights are rounded"
+    )
+
+
+@pytest.mark.parametrize("solver", [Gptq(), BadAt("q"), RandomCodes(), Chooses()], ids=str)
+def test_a_raised_damping_is_told_once_a_group(block, rows, solver):
+    bad = Rows(shifted(rows.fit, 0.03), shifted(rows.held_out, 0.03))
+    events = events_of(solve(solver, block, bad), "damping_raised")
+    assert len(events) == 1
+    assert events[0].message == "the moments were indefinite with damping 0.01; solved with 0.05"
+    assert events[0].where.startswith("m.0.")
+
+
+def test_good_moments_raise_no_event(block, rows):
+    assert [solution.events for _, solution, _ in solve(Gptq(), block, rows)] == [(), (), ()]
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+def test_indefinite_moments_name_solver_and_site(block, rows):
+    sentence = (
+        r"^solver mine at m\.0\.q: the second moment of the inputs must be positive definite, but stays indefinite"
+    )
+    with pytest.raises(FactorizationError, match=sentence):
+        solve(Gptq(), block, Rows(shifted(rows.fit, 3.0), rows.held_out))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_weight_names_the_site(block, rows, bad):
+    with torch.no_grad():
+        block.module["k"].weight[0, :2] = bad
+    with pytest.raises(
+        NumericsError, match=r"the weight of m\.0\.k must be finite, but 2 of its entries are NaN or Inf"
+    ):
+        solve(Gptq(), block, rows)
+
+
+def test_the_weight_itself_is_not_changed(block, rows):
+    before = {path: block.module[path].weight.clone() for path in PATHS}
+    solve(Gptq(), block, rows)
+    assert all(torch.equal(block.module[path].weight, before[path]) for path in PATHS)
+
+
+def test_relative_error_of_a_silent_layer_is_zero(block, rows):
+    this = replace(problem(block), weight=torch.zeros(OUT, WIDTH))
+    assert relative_error(this, Rtn().solve(this).qtensor, rows.fit) == 0.0
