@@ -75,7 +75,8 @@ def test_the_direction_is_how_a_fine_solution_moves(form):
     near, far = (one.dequantize(torch.float64) for one in fine.solve([0.0, 0.1]))
     moved, direction = (far - near) / 0.1, fine.direction()
     cosine = torch.sum(moved * direction) / (moved.norm() * direction.norm())
-    assert float(cosine) > 0.9
+    # The second term of ResComp pulls part of the move back; it is no part of the direction.
+    assert float(cosine) > (0.8 if form.startswith("rescomp") else 0.95)
 
 
 def test_equal_streams_have_no_residual():
