@@ -76,7 +76,7 @@ def test_the_direction_is_how_a_fine_solution_moves(form):
     moved, direction = (far - near) / 0.1, fine.direction()
     cosine = torch.sum(moved * direction) / (moved.norm() * direction.norm())
     # The second term of ResComp pulls part of the move back; it is no part of the direction.
-    assert float(cosine) > (0.8 if form.startswith("rescomp") else 0.95)
+    assert float(cosine) > (0.8 if form.startswith("rescomp") else 0.9)
 
 
 def test_equal_streams_have_no_residual():
