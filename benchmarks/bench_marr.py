@@ -1,0 +1,161 @@
+"""Residual correction methods side by side: same rows, same grid, paired over calibration draws.
+
+    python benchmarks/bench_marr.py --output out/marr --model books-7m --bits 3 --group-size -1 --draws 8 \\
+        --texts books-eval wikitext2-test
+
+A draw is a seed: other calibration rows, another split. All methods of a draw see the same rows. Reported against `gptq` and
+against `gptaq` (0.25): the mean over draws of the difference in KL, with its 95 % interval by Student's t. Writes one
+JSON line a run as it goes (and goes on where it stopped), then table.md.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from scipy import stats
+
+import bitmend
+from bitmend import assets
+from bitmend.report.terminal import TerminalProgress
+
+METHODS = {
+    "rtn": ("rtn", {}),
+    "gptq": ("gptq", {}),
+    "gptaq 0.25": ("gptaq", {}),
+    "gptaq 0.5": ("gptaq", {"solver.residual_strength": 0.5}),
+    "gptaq 0.75": ("gptaq", {"solver.residual_strength": 0.75}),
+    "gptaq 1.0": ("gptaq", {"solver.residual_strength": 1.0}),
+    "rescomp": ("rescomp", {}),
+    "qep 0.5": ("qep", {}),
+    "qep 0.75": ("qep", {"solver.residual_strength": 0.75}),
+    "qep 1.0": ("qep", {"solver.residual_strength": 1.0}),
+    "coreq": ("coreq", {}),
+    "grid, gptaq": ("strength_grid", {}),
+    "grid, shift": ("strength_grid", {"solver.form": "shift", "solver.grid": "shifted"}),
+    "pid in-sample": ("marr", {"solver.feedback": "in_sample", "solver.selection": "last", "solver.start": "global"}),
+    "marr": ("marr", {}),
+    "marr rescomp": ("marr", {"solver.form": "rescomp"}),
+    "marr shift": ("marr", {"solver.form": "shift", "solver.grid": "shifted"}),
+    "marr shift, grid of W": ("marr", {"solver.form": "shift"}),
+    "closed form, shift": (
+        "marr",
+        {"solver.form": "shift", "solver.grid": "shifted", "solver.max_steps": 0, "solver.selection": "last"},
+    ),
+}
+
+
+def run(options, method, draw):
+    """Quantise and score one method on one draw."""
+    recipe, extra = METHODS[method]
+    keys = {"weights.bits": options.bits, "weights.group_size": options.group_size, "calibration.seed": draw}
+    keys |= {"calibration.sequences": options.sequences, "calibration.sequence_length": options.length}
+    keys |= {"calibration.held_out": options.held_out, **extra}
+    folder = options.output / "model"
+    started = time.perf_counter()
+    rows = [assets.path("books-calibration")]
+    report = bitmend.quantize(assets.path(options.model), recipe, rows, output=folder, overrides=keys, overwrite=True)
+    seconds = time.perf_counter() - started
+    scores = bitmend.evaluate(
+        [folder],
+        texts=[assets.path(text) for text in options.texts],
+        reference=assets.path(options.model),
+        windows=options.windows,
+    ).models[0]
+    sites = [site for block in report.blocks for site in block.sites]
+    held_out = [site.held_out_error for site in sites if site.held_out_error is not None]
+    result = {
+        "method": method,
+        "draw": draw,
+        "bits_per_weight": report.bits["quantised_layers"],
+        "held_out_error": statistics.fmean(held_out) if held_out else None,
+        "block_error": report.blocks[-1].relative_error,
+        "strengths": [site.diagnostics.get("residual_strength") for site in sites],
+        "passes": sum(site.diagnostics.get("passes", 0) for site in sites),
+        "solver_seconds": sum(site.seconds for site in sites),
+        "seconds": seconds,
+    }
+    for name, text in zip(options.texts, scores.texts, strict=True):
+        result[f"kl {name}"] = text.kl
+        result[f"ppl {name}"] = text.perplexity
+    shutil.rmtree(folder)
+    return result
+
+
+def interval(differences):
+    """Return mean and half width of the 95 % interval of the mean."""
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return mean, float("nan")
+    return mean, stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def table(results, texts):
+    """Return the Markdown table, best KL on the first text first."""
+    by = {}
+    for result in results:
+        by.setdefault(result["method"], {})[result["draw"]] = result
+    header = ["method", "held-out error"]
+    for text in texts:
+        header += [f"KL {text}", "against gptq", "against gptaq 0.25", "perplexity"]
+    header += ["mean strength", "passes", "solver s"]
+    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    order = sorted(by, key=lambda name: statistics.fmean(r[f"kl {texts[0]}"] for r in by[name].values()))
+    for name in order:
+        draws = by[name]
+        errors = [r["held_out_error"] for r in draws.values() if r["held_out_error"] is not None]
+        row = [name, f"{statistics.fmean(errors):.5f}" if errors else "-"]
+        for text in texts:
+            row.append(f"{statistics.fmean(r[f'kl {text}'] for r in draws.values()):.5f}")
+            for base in ("gptq", "gptaq 0.25"):
+                pairs = [draws[d][f"kl {text}"] / by[base][d][f"kl {text}"] - 1 for d in draws if d in by.get(base, {})]
+                if name == base or not pairs:
+                    row.append("-")
+                else:
+                    mean, half = interval(pairs)
+                    row.append(f"{mean:+.1%} ± {half:.1%}")
+            row.append(f"{statistics.fmean(r[f'ppl {text}'] for r in draws.values()):.3f}")
+        strengths = [s for r in draws.values() for s in r["strengths"] if s is not None]
+        row.append(f"{statistics.fmean(strengths):.2f}" if strengths else "-")
+        row.append(f"{statistics.fmean(r['passes'] for r in draws.values()):.0f}")
+        row.append(f"{statistics.fmean(r['solver_seconds'] for r in draws.values()):.1f}")
+        out.append("| " + " | ".join(row) + " |")
+    return "\n".join(out) + f"\n\n{len(next(iter(by.values())))} draws; ± is the half width of the 95 % interval.\n"
+
+
+def main():
+    """Run what is missing and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", default="books-7m")
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--first-draw", type=int, default=0)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--held-out", type=float, default=0.25)
+    parser.add_argument("--windows", type=int, default=160)
+    parser.add_argument("--texts", nargs="+", default=["books-validation"])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    lines = options.output / "results.jsonl"
+    results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    done = {(result["method"], result["draw"]) for result in results}
+    draws = range(options.first_draw, options.first_draw + options.draws)
+    todo = [(method, draw) for draw in draws for method in options.methods if (method, draw) not in done]
+    for method, draw in TerminalProgress().track(todo, "runs", len(todo)):
+        result = run(options, method, draw)
+        results.append(result)
+        with lines.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    text = table(results, options.texts)
+    (options.output / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The contracts, and that what is registered keeps them."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from bitmend.calibrate.activation_store import ActivationStore
+from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.packing import bits
+from bitmend.protocols import (
+    ADAPTERS,
+    COMPENSATORS,
+    FORMATS,
+    REPARAMETERISATIONS,
+    SOLVERS,
+    TRANSFORMS,
+    CheckpointFormat,
+    Compensator,
+    Event,
+    Layout,
+    ModelAdapter,
+    Need,
+    Progress,
+    Reparameterisation,
+    SilentProgress,
+    SiteSolver,
+    Stream,
+    TokenBatch,
+    Transform,
+)
+
+CONTRACTS = (
+    (SOLVERS, SiteSolver, "solve"),
+    (TRANSFORMS, Transform, "apply_"),
+    (COMPENSATORS, Compensator, "fit"),
+    (REPARAMETERISATIONS, Reparameterisation, "parameterise"),
+    (FORMATS, CheckpointFormat, "export"),
+)
+PARTS = [
+    pytest.param(entry.part, contract, method, id=f"{registry.kind}-{entry.name}")
+    for registry, contract, method in CONTRACTS
+    for entry in registry
+]
+
+
+@pytest.mark.parametrize(("part", "contract", "method"), PARTS)
+def test_a_registered_part_keeps_its_contract(part, contract, method):
+    assert dataclasses.is_dataclass(part)
+    assert part.__dataclass_params__.frozen
+    assert isinstance(part(), contract)  # its defaults are enough
+    wanted, found = (list(inspect.signature(getattr(kind, method)).parameters) for kind in (contract, part))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(("part", "contract", "method"), PARTS)
+def test_a_part_has_one_public_method_and_says_what_it_does(part, contract, method):
+    public = [name for name, value in vars(part).items() if callable(value) and not name.startswith("_")]
+    assert public == [method]
+    assert part.__doc__.partition("\n")[0].endswith(".")
+
+
+def test_solvers_ask_for_known_needs():
+    for entry in SOLVERS:
+        assert isinstance(entry.part.needs, frozenset)
+        assert entry.part.needs <= set(Need)
+
+
+def test_an_adapter_keeps_its_contract(tiny_model):
+    assert [entry.part for entry in ADAPTERS] == [HfCausalLm]
+    assert isinstance(HfCausalLm.open(tiny_model), ModelAdapter)
+
+
+def test_a_store_is_a_stream_that_may_be_read_twice():
+    store = ActivationStore()
+    store.append(torch.ones(1, 2, 3))
+    assert isinstance(store, Stream)
+    assert [len(list(store)) for _ in range(2)] == [1, 1]
+
+
+def test_contracts_can_be_broken():
+    assert not isinstance(object(), SiteSolver)
+    assert not isinstance(bits, Layout)
+    assert not isinstance(SilentProgress(), SiteSolver)
+
+
+def test_silence():
+    progress = SilentProgress()
+    assert isinstance(progress, Progress)
+    assert list(progress.track(iter([3, 4]), "work", 2)) == [3, 4]
+    assert progress.say("nothing") is None
+
+
+def test_silence_prints_nothing(capsys):
+    list(SilentProgress().track([1], "work", 1))
+    SilentProgress().say("x")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_num_tokens_counts_real_tokens_only():
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    assert TokenBatch(ids).num_tokens == 10
+    mask = torch.arange(5)[None] < torch.tensor([[5], [2]])
+    assert TokenBatch(ids, mask).num_tokens == 7
+
+
+def test_an_event_does_not_degrade_unless_it_says_so():
+    assert not Event("dead_columns", "here", "two inputs were zero").degrades
