@@ -9,7 +9,6 @@ is another draw of rows and another split. Nothing is chosen on these texts.
 
 import argparse
 import json
-import shutil
 import statistics
 from pathlib import Path
 
@@ -23,21 +22,24 @@ SEQUENCES, LENGTH = 128, 512
 
 
 def quantise(model, recipe, bits, seed, folder):
-    """Write one quantised model and return its row without scores."""
+    """Write one quantised model, unless it is there, and return its row without scores."""
     keys = {"weights.bits": bits, "weights.group_size": GROUP_SIZES[model], "calibration.seed": seed}
     keys |= {"calibration.sequences": SEQUENCES, "calibration.sequence_length": LENGTH}
     rows = [] if recipe == "rtn" else [assets.path("books-calibration")]
-    report = bitmend.quantize(assets.path(model), recipe, rows, output=folder, overrides=keys, overwrite=True)
+    if not (folder / "run.json").exists():  # written with the rest of the folder, in one rename
+        bitmend.quantize(assets.path(model), recipe, rows, output=folder, overrides=keys)
+    report = json.loads((folder / "run.json").read_text())
+    account = bitmend.ledger(folder)
     return {
         "model": model,
         "recipe": recipe,
         "bits": bits,
         "group_size": GROUP_SIZES[model],
         "seed": None if recipe == "rtn" else seed,
-        "rows": report.calibration.get("sha256"),
-        "bits_per_weight": report.bits["quantised_layers"],
-        "bits_per_weight_model": report.bits["whole_model"],
-        "dropped": sum(event.kind == "dropped" for event in report.events),
+        "rows": report["calibration"].get("sha256"),
+        "bits_per_weight": account.bits_per_weight,
+        "bits_per_weight_model": account.bits_per_weight_model,
+        "dropped": sum(event["kind"] == "dropped" for event in report["events"]),
     }
 
 
@@ -74,8 +76,6 @@ def main():
                 results.append(
                     {**row, "text": name, "perplexity": text.perplexity, "kl": text.kl, "kl_se": text.kl_standard_error}
                 )
-        for folder in folders:
-            shutil.rmtree(folder)
     lines = "".join(json.dumps(result) + "\n" for result in results)
     (options.output / "results.jsonl").write_text(lines)
     (options.output / "table.md").write_text(table(results))

@@ -42,18 +42,19 @@ def load_families() -> Any:
 
 
 class Tiny:
-    """Makers of models that take milliseconds. Word "w7" is token 7; 0, 1, 2 are padding, begin and end of text."""
+    """Makers of models that take milliseconds. Word "w7" is token 7; 0, 1, 2 are unknown, begin and end of text."""
 
     vocabulary = VOCABULARY
     families = load_families()
 
     @staticmethod
     def tokenizer() -> PreTrainedTokenizerFast:
-        words = {f"w{number}": number for number in range(VOCABULARY)}
-        tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+        special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+        words = special | {f"w{number}": number for number in range(3, VOCABULARY)}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
         tokenizer.pre_tokenizer = WhitespaceSplit()
         return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="w0", pad_token="w0", bos_token="w1", eos_token="w2"
+            tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", bos_token="<s>", eos_token="</s>"
         )
 
     @classmethod

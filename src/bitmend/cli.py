@@ -1,6 +1,6 @@
 """The command line. Exit codes: 0 done, 1 the run failed or broke its own guard, 2 the request was wrong, 130 Ctrl-C.
 
-Commands import what they need when they run, so that `bitmend --help` answers at once.
+Commands import what they need when they run, so that this module itself needs the errors only.
 """
 
 import json
@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from bitmend.errors import QuantizationError, RequestError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Compress trained networks to 4 bits and below, repair the damage, prove the repair.",
@@ -231,13 +233,14 @@ def main() -> None:
         code = app(args=arguments, prog_name="bitmend", standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
-    except (typer.Abort, KeyboardInterrupt):  # the option parser turns Ctrl-C into the former
-        typer.echo("stopped; nothing unfinished was left behind", err=True)
-        code = 130
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
     except QuantizationError as error:
         code = _fail(f"error: {error}", error.exit_code, debug)
     except Exception as error:
         code = _fail_unexpectedly(error, debug)
+    if code == INTERRUPTED:  # the option parser, too, makes this of Ctrl-C
+        typer.echo("stopped; nothing unfinished was left behind", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -258,9 +261,10 @@ def _fail_unexpectedly(error: Exception, debug: bool) -> int:
 
 
 def _be_quiet_about_libraries() -> None:
-    """Keep the progress bars and advice of transformers off our own lines."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Keep the advice of transformers off our own lines."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 

@@ -78,7 +78,7 @@ def test_a_folder_without_model_or_tokenizer_is_refused(copy, tmp_path):
         load(tmp_path / "none")
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer_config.json").unlink()
-    with pytest.raises(RequestError, match=r"a tokenizer is required to score text, but it could not be loaded"):
+    with pytest.raises(RequestError, match=r"a tokenizer is required to read text, but it could not be loaded"):
         load(copy)
 
 

@@ -60,9 +60,9 @@ def test_items_are_asked_for_one_at_a_time():
     taken = []
 
     def items():
-        for number in range(3):
-            taken.append(number)
-            yield number
+        for item in range(3):
+            taken.append(item)
+            yield item
 
     stream = TerminalProgress(console(False)).track(items(), "x", 3)
     next(stream)

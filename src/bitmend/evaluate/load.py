@@ -18,6 +18,7 @@ from torch import nn
 
 from bitmend.errors import CheckpointError, RequestError
 from bitmend.models.loading import CONFIG_FILE, read_config, resolve_model
+from bitmend.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,6 @@ def register_formats() -> None:
     importlib.import_module("bitmend.formats.hf_quantizer")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a model folder.
-
-    Raises:
-        RequestError: there is none, or it cannot be read.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizer classes raise whatever they like
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"{folder}: a tokenizer is required to score text, but it could not be loaded ({reason}); "
-            "copy the tokenizer files of the original model into the folder"
-        ) from error
-
-
 def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
     """Load a causal language model and its tokenizer from a folder or by a hub name.
 
@@ -65,10 +50,9 @@ def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtyp
         dtype: of weights that are not quantised and of all activations.
 
     Raises:
-        ModelError: no such model, or transformers does not know its architecture.
+        ModelError: no such model, transformers does not know its architecture, or it has no tokenizer.
         CheckpointError: the weights do not belong to the config, are cut short, or are quantised in a way that this
             installation cannot read.
-        RequestError: it has no tokenizer.
     """
     register_formats()
     folder = resolve_model(source)

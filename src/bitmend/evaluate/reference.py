@@ -18,10 +18,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from bitmend.errors import NumericsError, RequestError
-from bitmend.evaluate.load import LoadedModel, check_context, load_model, load_tokenizer
+from bitmend.evaluate.load import LoadedModel, check_context, load_model
 from bitmend.evaluate.reference_cache import ReferenceCache, digest_of, model_fingerprint
 from bitmend.evaluate.windows import TokenWindows
 from bitmend.models.loading import read_config, resolve_model
+from bitmend.models.tokenizer import load_tokenizer
 from bitmend.protocols import Progress
 
 

@@ -18,24 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitmend.errors import CheckpointError
+from bitmend.models.shards import DTYPES
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 _CHUNK_BYTES = 4 << 20
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -39,7 +39,7 @@ DEGRADED_SHARE = 0.05
 def quantize(
     model: str | Path,
     recipe: str | Path | Recipe = "gptq",
-    calibration: Sequence[str | Path] = (),
+    calibration: Sequence[str | Path] | CalibrationSet = (),
     *,
     output: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -54,7 +54,8 @@ def quantize(
     Args:
         model: a local folder with a full-precision model, or a hub name.
         recipe: the name of a shipped recipe or of a solver, a `.toml` file, or a `Recipe`.
-        calibration: text files, JSON lines, token arrays or `hf:` names; not needed by data-free solvers.
+        calibration: text files, JSON lines, token arrays or `hf:` names; not needed by data-free solvers. Rows that were
+            drawn before are taken as they are, whatever the recipe says of drawing.
         output: the folder to be; None: `./MODEL-RECIPE`.
         overrides: recipe keys to replace, for example `{"weights.bits": 3, "solver.damping": 0.05}`.
         overwrite: replace an existing output folder (at the very end).
@@ -77,7 +78,7 @@ def quantize(
     progress = progress or SilentProgress()
     request = _Request.check(model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite)
     plan, adapter, target = request.recipe, request.adapter, request.output
-    rows = _calibration_rows(plan, adapter, calibration, progress)
+    rows = draw_calibration(plan, adapter, calibration, progress)
     report = RunReport(
         model=str(model),
         recipe=plan.model_dump(exclude_none=True),
@@ -115,7 +116,7 @@ def quantize(
 def check_request(
     model: str | Path,
     recipe: str | Path | Recipe,
-    calibration: Sequence[str | Path],
+    calibration: Sequence[str | Path] | CalibrationSet,
     *,
     output: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -129,7 +130,7 @@ def check_request(
         RequestError: as `quantize` would.
     """
     request = _Request.check(model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite)
-    _calibration_rows(request.recipe, request.adapter, calibration, SilentProgress())
+    draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
     return request.output
 
 
@@ -155,7 +156,7 @@ class _Request:
         cls,
         model: str | Path,
         recipe: str | Path | Recipe,
-        calibration: Sequence[str | Path],
+        calibration: Sequence[str | Path] | CalibrationSet,
         output: str | Path | None,
         overrides: Mapping[str, Any] | None,
         device: str,
@@ -183,15 +184,16 @@ class _Request:
 
 def report_to_json(report: RunReport) -> dict[str, Any]:
     """Return a run report as JSON values; a number that is not finite becomes None."""
-    plain: dict[str, Any] = _finite(asdict(report))
+    plain: dict[str, Any] = finite(asdict(report))
     return plain
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return nested JSON values in which a number that is not finite is None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -253,16 +255,26 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _calibration_rows(
-    recipe: Recipe, adapter: ModelAdapter, sources: Sequence[str | Path], progress: Progress
+def draw_calibration(
+    recipe: Recipe, adapter: ModelAdapter, sources: Sequence[str | Path] | CalibrationSet, progress: Progress
 ) -> CalibrationSet | None:
+    """Return the rows that the recipe asks for, or None without sources; rows drawn before are taken as they are.
+
+    Raises:
+        RequestError: rows longer than the model's context.
+        CalibrationError: a source is missing, empty, too short or not what its name says.
+    """
     if not sources:
         return None
     context = getattr(adapter.model.config, "max_position_embeddings", None) or LONGEST_DEFAULT_SEQUENCE
     wanted = recipe.calibration
     length = wanted.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
+    if isinstance(sources, CalibrationSet):
+        length = max(row.numel() for row in sources.rows)
     if length > context:
         raise RequestError(f"sequence_length must be at most the model's context of {context} tokens; got {length}")
+    if isinstance(sources, CalibrationSet):
+        return sources
     rows = load_calibration(
         sources,
         load_tokenizer(adapter.folder),
