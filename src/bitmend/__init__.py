@@ -4,6 +4,7 @@ Importing it makes bitmend's checkpoint format known to transformers, so that
 `AutoModelForCausalLM.from_pretrained(path)` loads what `bitmend.quantize` wrote.
 """
 
+from bitmend.comparison import compare
 from bitmend.evaluate.evaluate import evaluate
 from bitmend.evaluate.results import EvaluationReport
 from bitmend.formats import hf_quantizer as _registers_the_format  # noqa: F401
@@ -12,5 +13,18 @@ from bitmend.formats.load import load
 from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.run import quantize
 from bitmend.protocols import RunReport
+from bitmend.report.comparison import Comparison
 
-__all__ = ["EvaluationReport", "Ledger", "Recipe", "RunReport", "evaluate", "ledger", "load", "load_recipe", "quantize"]
+__all__ = [
+    "Comparison",
+    "EvaluationReport",
+    "Ledger",
+    "Recipe",
+    "RunReport",
+    "compare",
+    "evaluate",
+    "ledger",
+    "load",
+    "load_recipe",
+    "quantize",
+]

@@ -50,31 +50,40 @@ DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where there 
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
+BitsOption = Annotated[int | None, typer.Option(help="Width of a code, 1 to 8 (weights.bits).")]
+GroupSizeOption = Annotated[
+    int | None, typer.Option(help="Input channels that share a scale; -1: one per output channel.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Replace a recipe key, for example solver.damping=0.05.")
+]
+CalibrationOption = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .npy or hf:NAME; may be given again.")]
+SequencesOption = Annotated[int | None, typer.Option(help="Calibration rows.")]
+SequenceLengthOption = Annotated[int | None, typer.Option(help="Tokens in a calibration row.")]
+SeedOption = Annotated[int | None, typer.Option(help="Which rows are drawn and which are held out.")]
+TextOption = Annotated[list[Path] | None, typer.Option(help="A UTF-8 text; may be given again.")]
+WindowsOption = Annotated[int, typer.Option(help="Windows of each text; 0 for all.", min=0)]
+WindowLengthOption = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
+DiskOption = Annotated[
+    bool, typer.Option("--activations-on-disk", help="Keep calibration activations on disk, not in memory.")
+]
 
 
 @app.command()
 def quantize(
     model: ModelArgument,
     recipe: Annotated[str, typer.Option(help="A shipped recipe, a solver's name, or a .toml file.")] = "gptq",
-    bits: Annotated[int | None, typer.Option(help="Width of a code, 1 to 8 (weights.bits).")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale; -1: one per output channel.")
-    ] = None,
-    assignment: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace a recipe key, for example solver.damping=0.05.")
-    ] = None,
-    calibration: Annotated[
-        list[str] | None, typer.Option(help="Text, .jsonl, .npy or hf:NAME; may be given again.")
-    ] = None,
-    sequences: Annotated[int | None, typer.Option(help="Calibration rows.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a calibration row.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which rows are drawn and which are held out.")] = None,
+    bits: BitsOption = None,
+    group_size: GroupSizeOption = None,
+    assignment: SetOption = None,
+    calibration: CalibrationOption = None,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption = None,
     device: DeviceOption = Device.AUTO,
     output: Annotated[Path | None, typer.Option(help="The folder to be; ./MODEL-RECIPE unless given.")] = None,
     overwrite: OverwriteOption = False,
-    activations_on_disk: Annotated[
-        bool, typer.Option("--activations-on-disk", help="Keep calibration activations on disk, not in memory.")
-    ] = False,
+    activations_on_disk: DiskOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the request, show the recipe, write nothing.")
     ] = False,
@@ -86,19 +95,10 @@ def quantize(
 ) -> None:
     """Quantise a model into a new folder that transformers loads."""
     from bitmend.pipeline import run
-    from bitmend.pipeline.recipe import load_recipe, parse_assignments
+    from bitmend.pipeline.recipe import load_recipe
 
     _check_json_path(log_json, made_by_run=output)
-    keys = parse_assignments(assignment or [])
-    short = {
-        "weights.bits": bits,
-        "weights.group_size": group_size,
-        "calibration.sequences": sequences,
-        "calibration.sequence_length": sequence_length,
-        "calibration.seed": seed,
-    }
-    keys |= {key: value for key, value in short.items() if value is not None}
-    plan = load_recipe(recipe, keys)
+    plan = load_recipe(recipe, _recipe_keys(assignment, bits, group_size, sequences, sequence_length, seed))
     options: dict[str, Any] = {
         "output": output,
         "overwrite": overwrite,
@@ -121,10 +121,10 @@ def quantize(
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub names.", show_default=False)],
-    text: Annotated[list[Path] | None, typer.Option(help="A UTF-8 text; may be given again.")] = None,
+    text: TextOption = None,
     reference: Annotated[str | None, typer.Option(help="The model to compare with, usually the original.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of each text; 0 for all.", min=0)] = 160,
-    window_length: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 512,
+    windows: WindowsOption = 160,
+    window_length: WindowLengthOption = 512,
     batch_size: Annotated[int, typer.Option(help="Windows that run at once.", min=1)] = 8,
     device: DeviceOption = Device.AUTO,
     json_file: JsonOption = None,
@@ -133,6 +133,7 @@ def evaluate(
     """Score models on texts: perplexity, and agreement with a reference."""
     from bitmend.evaluate.evaluate import evaluate as score
     from bitmend.pipeline.run import choose_device
+    from bitmend.report.summary import evaluation_rows
 
     _check_json_path(json_file)
     if not text:
@@ -149,7 +150,65 @@ def evaluate(
     )
     if json_file is not None:
         _write_json(json_file, report.to_dict())
-    _show_evaluation(report)
+    _show_table(*evaluation_rows(report))
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    recipes: Annotated[
+        list[str],
+        typer.Option(metavar="LIST", help="Separated by commas, see above; may be given again.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to be.", show_default=False)],
+    calibration: CalibrationOption = None,
+    text: TextOption = None,
+    bits: BitsOption = None,
+    group_size: GroupSizeOption = None,
+    assignment: SetOption = None,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption = None,
+    windows: WindowsOption = 160,
+    window_length: WindowLengthOption = 512,
+    device: DeviceOption = Device.AUTO,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a comparison; run what is not finished, or new in the list.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    discard_models: Annotated[
+        bool, typer.Option("--discard-models", help="Keep the records of the runs, not the weights.")
+    ] = False,
+    activations_on_disk: DiskOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare recipes: the same calibration rows, the same texts, one table, best first.
+
+    An entry of --recipes is RECIPE, LABEL=RECIPE, or LABEL=RECIPE:KEY=VALUE;KEY=VALUE with keys of its own:
+
+    --recipes 'rtn,gptq,gptaq-1=gptaq:solver.residual_strength=1.0'
+    """
+    from bitmend.comparison import compare as run_comparison
+    from bitmend.report.comparison import check_comparison, comparison_rows
+
+    found = run_comparison(
+        model,
+        recipes,
+        calibration or (),
+        texts=text or (),
+        output=output,
+        overrides=_recipe_keys(assignment, bits, group_size, sequences, sequence_length, seed),
+        windows=windows or None,
+        window_length=window_length,
+        device=device.value,
+        resume=resume,
+        overwrite=overwrite,
+        keep_models=not discard_models,
+        activations_on_disk=activations_on_disk,
+        progress=_progress(quiet),
+    )
+    _show_table(*comparison_rows(found))
+    check_comparison(found)
 
 
 @app.command()
@@ -275,6 +334,27 @@ def _progress(quiet: bool) -> Any:
     return SilentProgress() if quiet else TerminalProgress()
 
 
+def _recipe_keys(
+    assignment: list[str] | None,
+    bits: int | None,
+    group_size: int | None,
+    sequences: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    """Return the recipe keys that the options of a command set; those with an option of their own win."""
+    from bitmend.pipeline.recipe import parse_assignments
+
+    short = {
+        "weights.bits": bits,
+        "weights.group_size": group_size,
+        "calibration.sequences": sequences,
+        "calibration.sequence_length": sequence_length,
+        "calibration.seed": seed,
+    }
+    return parse_assignments(assignment or []) | {key: value for key, value in short.items() if value is not None}
+
+
 def _check_json_path(path: Path | None, made_by_run: Path | None = None) -> None:
     """Refuse a file that cannot be written before hours of work are lost on it."""
     if path is None or (made_by_run is not None and path.resolve().parent == made_by_run.resolve()):
@@ -299,11 +379,9 @@ def _show_run(report: Any) -> None:
         typer.echo(line)
 
 
-def _show_evaluation(report: Any) -> None:
-    from bitmend.report.summary import evaluation_rows
+def _show_table(header: list[str], rows: list[list[str]]) -> None:
     from bitmend.report.terminal import print_table
 
-    header, rows = evaluation_rows(report)
     print_table("", header, rows)
 
 

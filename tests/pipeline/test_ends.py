@@ -120,7 +120,9 @@ def test_a_model_with_quantised_ends_loads_and_speaks_as_it_should(run_tiny, tmp
     manifest = json.loads((output / "config.json").read_text())["quantization_config"]
     assert manifest["tied"] == ({head: embedding} if tied else {})
 
-    reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    # In float32 whatever the file holds: bfloat16 activations differ by more than the tolerance may be.
+    options = {"dtype": torch.float32}
+    reference = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     ends = quantise_ends(
         HfCausalLm.open(source),
         recipe(embedding={"bits": bits}, **({} if tied else {"head": {"bits": bits}})),
@@ -128,11 +130,9 @@ def test_a_model_with_quantised_ends_loads_and_speaks_as_it_should(run_tiny, tmp
     with torch.no_grad():
         original = reference(IDS).logits
         for name, qtensor in ends.quantised.items():
-            reference.get_submodule(name).weight.copy_(qtensor.dequantize(dtype))
+            reference.get_submodule(name).weight.copy_(qtensor.dequantize())
         expected = reference(IDS).logits
-        found = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=dtype)(IDS).logits
+        found = transformers.AutoModelForCausalLM.from_pretrained(output, **options)(IDS).logits
     scale = float(expected.abs().max())
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    assert float((found - expected).abs().max()) <= tolerance * scale
-    if dtype == torch.float32 or bits == 4:
-        assert float((original - expected).abs().max()) > 3 * tolerance * scale
+    assert float((found - expected).abs().max()) <= 1e-5 * scale
+    assert float((original - expected).abs().max()) > 1e-4 * scale

@@ -249,6 +249,14 @@ def test_a_raised_damping_is_told_once_a_group(block, rows, solver):
     assert events[0].where.startswith("m.0.")
 
 
+def test_a_damping_that_is_raised_for_a_later_site_only_is_told_too(block, rows):
+    """The candidate of the first site is dropped, so that the moments of all rows are factored for the second."""
+    bad = Rows(rows.fit, shifted(rows.held_out, 0.2))
+    solved = solve(BadAt("q"), block, bad)
+    assert [report.accepted for _, _, report in solved] == [False, True, True]
+    assert len(events_of(solved, "damping_raised")) == 1
+
+
 def test_good_moments_raise_no_event(block, rows):
     assert [solution.events for _, solution, _ in solve(Gptq(), block, rows)] == [(), (), ()]
 

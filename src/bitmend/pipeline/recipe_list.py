@@ -100,11 +100,10 @@ def split_outside_values(text: str, separator: str) -> list[str]:
 def _labelled(entry: str, overrides: Mapping[str, Any]) -> LabelledRecipe:
     found = RECIPE_AND_KEYS.fullmatch(entry)
     head, keys_text = found.groups() if found else (entry, None)
-    label, sign, name = head.partition("=")
+    label, sign, name = (part.strip() for part in head.partition("="))
     if not sign:
-        name = head
-        label = Path(head).stem if head.endswith(".toml") else head
-    label, name = label.strip(), name.strip()
+        name = label
+        label = Path(name).stem if name.endswith(".toml") else name
     if not name:
         raise RequestError(f"the entry {entry!r} names no recipe; it must look like {SYNTAX}")
     keys = {**overrides, **_own_keys(entry, keys_text)}
@@ -114,8 +113,8 @@ def _labelled(entry: str, overrides: Mapping[str, Any]) -> LabelledRecipe:
         raise type(error)(f"recipe {label!r} of the comparison: {error}") from error
     if not LABEL.fullmatch(label) or label.endswith(SCRATCH):
         raise RequestError(
-            f"{label!r} cannot be the label of {name!r}: a label holds letters, digits and . _ + -, begins with a letter or a "
-            f"digit and does not end in {' or '.join(SCRATCH)}; write LABEL={name}"
+            f"{label!r} cannot be the label of {name!r}: a label holds letters, digits and . _ + -, begins with a letter "
+            f"or a digit and does not end in {' or '.join(SCRATCH)}; write LABEL={name}"
         )
     return LabelledRecipe(label, recipe)
 

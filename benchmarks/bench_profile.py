@@ -1,0 +1,90 @@
+"""Where the time of one run goes: phases of the loop, parts of the solver, and the share of matrix products.
+
+    python benchmarks/bench_profile.py --model books-7m --recipe gptq --bits 3 --sequences 128 --length 512
+
+Runs twice: plain for the clock (phases and parts by wall time), then under torch's profiler for the share of matrix
+products (aten::mm, addmm, bmm and fused attention, self time), because the profiler slows small operations down.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import bitmend
+from bitmend import assets
+from bitmend.linalg import column_sweep, moments
+from bitmend.solvers import gptq, rtn
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "attention")
+PARTS = (
+    ("sweep", column_sweep, "column_sweep"),
+    ("factor", moments, "factor_inverse"),
+    ("scale search", gptq, "choose_qparams"),
+    ("scale search", rtn, "choose_qparams"),
+)
+
+
+def timed(seconds, name, function):
+    """Return `function` with its wall time added to `seconds[name]`."""
+
+    def wrapper(*arguments, **options):
+        started = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            seconds[name] += time.perf_counter() - started
+
+    return wrapper
+
+
+def main():
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="books-7m")
+    parser.add_argument("--recipe", default="gptq")
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    options = parser.parse_args()
+    keys = {"weights.bits": options.bits, "calibration.sequences": options.sequences}
+    keys["calibration.sequence_length"] = options.length
+    group_size = {} if options.model == "books-7m" else {"weights.group_size": -1}
+
+    def run(folder):
+        rows = [assets.path("books-calibration")]
+        model = assets.path(options.model)
+        return bitmend.quantize(model, options.recipe, rows, output=folder, overrides={**keys, **group_size})
+
+    parts = defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder) / "warm")
+        for name, module, attribute in PARTS:
+            setattr(module, attribute, timed(parts, name, getattr(module, attribute)))
+        report = run(Path(folder) / "plain")
+        total = report.seconds["total"]
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            run(Path(folder) / "profiled")
+    print(
+        f"{options.model}, {options.recipe}, {options.bits} bits, {options.sequences} x {options.length} tokens, "
+        f"{torch.get_num_threads()} threads: {total:.1f} s"
+    )
+    for phase in ("embed", "load", "forward", "moments", "solve"):
+        print(f"  {phase:<14}{report.seconds.get(phase, 0.0) / total:6.1%}")
+    rest = total - sum(report.seconds.get(phase, 0.0) for phase in ("embed", "load", "forward", "moments", "solve"))
+    print(f"  {'open, write':<14}{rest / total:6.1%}")
+    print("inside solve, and inside moments the factor's input:")
+    for name, spent in parts.items():
+        print(f"  {name:<14}{spent / total:6.1%}")
+    events = profiler.key_averages()
+    everything = sum(event.self_cpu_time_total for event in events)
+    products = sum(event.self_cpu_time_total for event in events if any(name in event.key for name in PRODUCTS))
+    print(f"matrix products: {products / everything:.1%} of the profiled time")
+
+
+if __name__ == "__main__":
+    main()
