@@ -430,7 +430,7 @@ def test_no_calibration(refused, tiny_model):
 def test_an_output_that_exists(refused, bitmend, quantise):
     assert bitmend(*quantise("--recipe", "rtn")).code == 0
     before = snapshot("out")
-    assert "the output folder out exists already; pass --overwrite to replace it" in refused(*quantise())
+    assert "out exists; choose another output, or pass --overwrite to replace it" in refused(*quantise())
     assert snapshot("out") == before
     assert bitmend(*quantise("--overwrite", "--bits", "2")).code == 0
     assert snapshot("out") != before

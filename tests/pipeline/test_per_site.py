@@ -10,7 +10,7 @@ from bitmend.linalg.moments import Moments, MomentSums, merge
 from bitmend.numerics.granularity import PerChannel
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.pipeline.per_site import PerSite, relative_error
+from bitmend.pipeline.per_site import PerSite, _scale_events, relative_error
 from bitmend.protocols import BlockSolver, Event, Need, Problem, Solution
 from bitmend.sites import Block, LinearSite, SiteGroup
 from bitmend.solvers.gptq import Gptq
@@ -124,7 +124,7 @@ def test_a_bad_candidate_is_dropped_and_said_so(block, rows):
         kinds = [event.kind for event in solution.events]
         assert kinds == ["told", "dropped"]  # what the candidate had to tell is kept
         message = solution.events[-1].message
-        assert message.startswith("mine was no better than round-to-nearest on held-out rows (")
+        assert message.startswith("mine was worse than round-to-nearest on held-out rows (")
         assert f"{report.held_out_error:.4g} against {report.base_held_out_error:.4g}" in message
         assert solution.events[-1].where == site.name
 
@@ -289,3 +289,19 @@ def test_the_weight_itself_is_not_changed(block, rows):
 def test_relative_error_of_a_silent_layer_is_zero(block, rows):
     this = replace(problem(block), weight=torch.zeros(OUT, WIDTH))
     assert relative_error(this, Rtn().solve(this).qtensor, rows.fit) == 0.0
+
+
+def test_scales_that_their_type_cannot_hold_are_told():
+    site = LinearSite("model.layers.0.proj", "proj", "linear", (2, 4))
+    spec = QuantSpec(UniformGrid(4, symmetric=True), PerChannel(), "minmax", torch.float16)
+    weight = torch.tensor([[1e-9, 0, 0, -1e-9], [1.0, 0.5, 0, 0]])
+    solution = Rtn().solve(Problem(site, weight, spec))
+    (event,) = _scale_events(site, solution.qtensor)
+    assert event.degrades
+    assert event.kind == "scale_clamped"
+    assert event.message.startswith("1 of 2 scales lie outside the range of float16")
+    assert _scale_events(site, Rtn().solve(Problem(site, 1e6 * weight, spec)).qtensor)[0].message.startswith("1 of 2")
+    fine = replace(spec, scale_dtype=torch.bfloat16)
+    assert not _scale_events(site, Rtn().solve(Problem(site, weight, fine)).qtensor)
+    sign = replace(spec, grid=UniformGrid(1, symmetric=True))
+    assert not _scale_events(site, Rtn().solve(Problem(site, torch.zeros(2, 4), sign)).qtensor)

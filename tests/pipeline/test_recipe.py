@@ -252,7 +252,7 @@ def test_later_overrides_win_and_others_stay():
 @pytest.mark.parametrize(
     ("wanted", "model", "expected"),
     [
-        ("auto", torch.float32, torch.float16),
+        ("auto", torch.float32, torch.bfloat16),
         ("auto", torch.float16, torch.float16),
         ("auto", torch.bfloat16, torch.bfloat16),
         ("float32", torch.bfloat16, torch.float32),

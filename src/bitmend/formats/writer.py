@@ -31,6 +31,7 @@ from bitmend.formats.safetensors_file import (
 )
 
 MAX_SHARD_BYTES = 5_000_000_000
+PARTIAL_SUFFIX = ".partial"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -73,11 +74,11 @@ class CheckpointWriter:
                 no model folder; OUTPUT and the source lie inside each other; the parent cannot be written.
         """
         self.source, self.output = Path(source_folder), Path(output).resolve()
-        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.partial = self.output.with_name(self.output.name + PARTIAL_SUFFIX)
         self._names: set[str] = set()
         self._parts: list[Path] = []
         self._max_shard_bytes = MAX_SHARD_BYTES
-        self._check_request(overwrite)
+        check_output(self.source, self.output, overwrite)
         self._make_partial()
 
     def __enter__(self) -> "CheckpointWriter":
@@ -152,22 +153,6 @@ class CheckpointWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------ before the first byte
-    def _check_request(self, overwrite: bool) -> None:
-        if not (self.source / "config.json").is_file():
-            raise RequestError(f"the model folder {self.source} has no config.json")
-        source = self.source.resolve()
-        for folder in (self.output, self.partial):
-            if source == folder or source in folder.parents or folder in source.parents:
-                raise RequestError(f"the output {folder} must lie outside the model folder {source}; choose another")
-        if self.output.exists() and not self.output.is_dir():
-            raise RequestError(f"the output {self.output} is a file; choose another name")
-        for folder in (self.output, self.partial):
-            if folder.exists() and not overwrite:
-                raise RequestError(f"{folder} exists; choose another output, or pass --overwrite to replace it")
-        # A slip of the finger must not delete somebody's home folder.
-        if self.output.exists() and any(self.output.iterdir()) and not (self.output / "config.json").is_file():
-            raise RequestError(f"{self.output} is not empty and holds no model, so it is not replaced; choose another")
-
     def _make_partial(self) -> None:
         try:
             if self.partial.exists():
@@ -253,6 +238,29 @@ class CheckpointWriter:
         except Exception:
             self.abort()
             raise
+
+
+def check_output(source_folder: Path, output: Path, overwrite: bool) -> None:
+    """Check whether a checkpoint could be written, without writing anything.
+
+    Raises:
+        RequestError: as the constructor of `CheckpointWriter`, apart from a parent that cannot be written.
+    """
+    if not (source_folder / "config.json").is_file():
+        raise RequestError(f"the model folder {source_folder} has no config.json")
+    source, output = source_folder.resolve(), output.resolve()
+    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    for folder in (output, partial):
+        if source == folder or source in folder.parents or folder in source.parents:
+            raise RequestError(f"the output {folder} must lie outside the model folder {source}; choose another")
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"the output {output} is a file; choose another name")
+    for folder in (output, partial):
+        if folder.exists() and not overwrite:
+            raise RequestError(f"{folder} exists; choose another output, or pass --overwrite to replace it")
+    # A slip of the finger must not delete somebody's home folder.
+    if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise RequestError(f"{output} is not empty and holds no model, so it is not replaced; choose another")
 
 
 def _split(pieces: Iterable[_Piece], limit: int) -> Iterator[list[_Piece]]:

@@ -106,11 +106,11 @@ def _qparams_of_range(
 def _stored(scale: Float[Tensor, "rows groups"], spec: QuantSpec) -> Float[Tensor, "rows groups"]:
     """Round scales to the type they are stored in; a scale that the type cannot hold becomes its nearest normal number.
 
-    An all-zero group gets scale 1: any positive number gives it back exactly.
+    An all-zero group gets scale 1, because any positive number gives it back exactly, and 0 where the grid has no level 0.
     """
     limits = torch.finfo(spec.scale_dtype)
     stored = scale.clamp(limits.tiny, limits.max).to(spec.scale_dtype).to(scale.dtype)
-    return torch.where(scale == 0, torch.ones_like(scale) if not spec.grid.is_sign else stored, stored)
+    return torch.where(scale == 0, 0.0 if spec.grid.is_sign else 1.0, stored)
 
 
 def _rounding_error(

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from bitmend.errors import FactorizationError, NumericsError
 from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.moments import Moments, merge
@@ -55,9 +57,10 @@ class PerSite:
                 except FactorizationError as error:
                     raise FactorizationError(f"solver {self.name} at {site.name}: {error}") from error
                 report.seconds = time.perf_counter() - started
+                events = [*solution.events, *_scale_events(site, solution.qtensor)]
                 if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed
-                    solution = replace(solution, events=(*solution.events, *_factor_events(site, rows)))
-                yield site, solution, report
+                    events += _factor_events(site, rows)
+                yield site, replace(solution, events=tuple(events)), report
 
     def _measure(self, group_index: int, streams: BlockStreams | None) -> "_Rows":
         if not self.solver.needs:
@@ -123,9 +126,21 @@ def relative_error(problem: Problem, qtensor: QTensor, moments: Moments) -> floa
     return error / energy if energy > 0 else 0.0
 
 
+def _scale_events(site: LinearSite, qtensor: QTensor) -> list[Event]:
+    """Return what the user must know of scales that the type they are stored in could not hold."""
+    limits = torch.finfo(qtensor.spec.scale_dtype)
+    scale = qtensor.qparams.scale
+    at_limit = int((((scale > 0) & (scale <= limits.tiny)) | (scale >= limits.max)).sum())
+    if not at_limit:
+        return []
+    kind = str(qtensor.spec.scale_dtype).removeprefix("torch.")
+    message = f"{at_limit} of {scale.numel()} scales lie outside the range of {kind} and were moved to its end"
+    return [Event("scale_clamped", site.name, f"{message}; set weights.scale_dtype = 'float32'", degrades=True)]
+
+
 def _dropped(solution: Solution, base: Solution, report: SiteReport) -> tuple[Solution, SiteReport]:
     message = (
-        f"{report.solver} was no better than round-to-nearest on held-out rows "
+        f"{report.solver} was worse than round-to-nearest on held-out rows "
         f"({report.held_out_error:.4g} against {report.base_held_out_error:.4g}); round-to-nearest is stored"
     )
     event = Event("dropped", report.name, message)

@@ -20,7 +20,7 @@ from bitmend.errors import GuardError, RecipeError, RequestError, nearest_name
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
 from bitmend.formats.native import site_tensors
-from bitmend.formats.writer import CheckpointWriter
+from bitmend.formats.writer import CheckpointWriter, check_output
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
@@ -169,8 +169,7 @@ class _Request:
         place = choose_device(device)
         folder = resolve_model(model)
         target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
-        if target.exists() and not overwrite:  # the writer checks again; this answer comes before the model is opened
-            raise RequestError(f"the output folder {target} exists already; pass --overwrite to replace it")
+        check_output(folder, target, overwrite)  # the writer checks again; this answer comes before the model is opened
         if plan.build_solver().needs and not calibration:
             raise RequestError(
                 f"the recipe {plan.name!r} needs calibration data, but none came; "
