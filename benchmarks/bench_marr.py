@@ -52,7 +52,7 @@ def run(options, method, draw):
     recipe, extra = METHODS[method]
     keys = {"weights.bits": options.bits, "weights.group_size": options.group_size, "calibration.seed": draw}
     keys |= {"calibration.sequences": options.sequences, "calibration.sequence_length": options.length}
-    keys |= {"calibration.held_out": options.held_out, **extra}
+    keys |= {"calibration.held_out": options.held_out, "calibration.two_streams": True, **extra}
     folder = options.output / "model"
     started = time.perf_counter()
     rows = [assets.path("books-calibration")]

@@ -83,7 +83,8 @@ def compare(
         OutputError: comparison.json could not be written.
     """
     shown = progress or SilentProgress()
-    plans = parse_recipe_list(recipes, overrides)
+    # Errors against the full-precision network for all of them: those of gptq and of gptaq could not be compared otherwise.
+    plans = parse_recipe_list(recipes, {"calibration.two_streams": True, **(overrides or {})})
     check_same_rows(plans)
     if not texts:
         raise RequestError(

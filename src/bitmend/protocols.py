@@ -307,8 +307,10 @@ class CheckpointFormat(Protocol):
 class SiteReport:
     """What happened at one site.
 
-    Errors are those of the layer's output, relative to its full-precision energy: tr(E G E^T) / tr(W G W^T) for
-    one-stream methods, with the cross terms of C and D when the method corrects the residual.
+    Errors are mean squares of the layer's output, over mean ||W x||^2, x the input in the quantised network. With two
+    streams it is ||Q x - W x_fp||^2, the error against the full-precision network; with one it is ||Q x - W x||^2, what
+    rounding this layer adds. The two must not be compared with each other; `calibration.two_streams` asks for the former
+    everywhere.
 
     Attributes:
         name: full path in the model.
@@ -317,6 +319,10 @@ class SiteReport:
         fit_error: of the candidate, on the data it was fitted to; None for data-free runs.
         held_out_error: of the candidate before any refit, on data it never saw; None without a held-out split.
         base_held_out_error: the same for round-to-nearest at the same bits.
+        streams: 2 when errors are against the full-precision network, 1 when against the layer's own unrounded output;
+            None when nothing was measured.
+        chosen_on_held_out: the method made choices of its own on the held-out rows (a strength, say), so that its
+            held-out error is a little too good.
         accepted: whether the candidate was kept.
         refitted: whether the stored codes were fitted again on all rows after the candidate had been accepted.
         seconds: time in the solver.
@@ -329,6 +335,8 @@ class SiteReport:
     fit_error: float | None = None
     held_out_error: float | None = None
     base_held_out_error: float | None = None
+    streams: int | None = None
+    chosen_on_held_out: bool = False
     accepted: bool = True
     refitted: bool = False
     seconds: float = 0.0

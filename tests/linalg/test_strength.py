@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from bitmend.errors import RecipeError
+from bitmend.linalg.column_sweep import column_sweep
 from bitmend.linalg.moments import MomentSums
 from bitmend.linalg.strength import StrengthMeter, StrengthSolver
-from bitmend.numerics.granularity import PerChannel
+from bitmend.numerics.granularity import PerChannel, PerTensor
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 
@@ -33,6 +35,10 @@ def solver(spec, form, grid="original"):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("grid", ["original", "shifted"])
 def test_one_sweep_for_all_strengths_equals_one_each(form, grid):
+    if grid == "shifted" and form != "shift":
+        with pytest.raises(RecipeError, match="grid 'shifted' needs a moved target"):
+            solver(COARSE, form, grid)
+        return
     strengths = [0.0, 0.3, 1.0]
     together = solver(COARSE, form, grid).solve(strengths)
     for strength, solution in zip(strengths, together, strict=True):
@@ -77,6 +83,33 @@ def test_the_direction_is_how_a_fine_solution_moves(form):
     cosine = torch.sum(moved * direction) / (moved.norm() * direction.norm())
     # The second term of ResComp pulls part of the move back; it is no part of the direction.
     assert float(cosine) > (0.8 if form.startswith("rescomp") else 0.9)
+
+
+def test_one_scale_for_all_rows_is_refused():
+    spec = QuantSpec(UniformGrid(3, symmetric=True), PerTensor(), "minmax")
+    with pytest.raises(RecipeError, match="their scales must be per channel or per group"):
+        solver(spec, "gptaq")
+
+
+class Keep:
+    """Rounds nothing, and remembers each column as it stood when its turn came."""
+
+    def __init__(self, like):
+        self.kept = torch.empty_like(like)
+
+    def round(self, column, values):
+        self.kept[:, column] = values
+        return values
+
+
+@pytest.mark.parametrize("form", ["gptaq", "rescomp", "rescomp_first"])
+def test_the_direction_is_the_derivative_of_the_unrounded_sweep(form):
+    one, step = solver(COARSE, form), 1e-5
+    keeper = Keep(WEIGHT.double())
+    terms = one._terms(torch.full((8,), step, dtype=torch.float64))
+    column_sweep(WEIGHT.double(), one.factor, keeper, terms)
+    moved = (keeper.kept - WEIGHT.double()) / step
+    torch.testing.assert_close(moved, one.direction(), rtol=1e-3, atol=1e-4)
 
 
 def test_equal_streams_have_no_residual():

@@ -10,7 +10,7 @@ from bitmend.linalg.moments import Moments, MomentSums, merge
 from bitmend.numerics.granularity import PerChannel
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.pipeline.per_site import PerSite, _scale_events, relative_error
+from bitmend.pipeline.per_site import PerSite, _Rows, _scale_events, relative_error
 from bitmend.protocols import BlockSolver, Event, Need, Problem, Solution
 from bitmend.sites import Block, LinearSite, SiteGroup
 from bitmend.solvers.gptq import Gptq
@@ -305,3 +305,32 @@ def test_scales_that_their_type_cannot_hold_are_told():
     assert not _scale_events(site, Rtn().solve(Problem(site, weight, fine)).qtensor)
     sign = replace(spec, grid=UniformGrid(1, symmetric=True))
     assert not _scale_events(site, Rtn().solve(Problem(site, torch.zeros(2, 4), sign)).qtensor)
+
+
+def test_errors_say_which_streams_they_compare(inputs):
+    site = LinearSite("model.layers.0.proj", "proj", "linear", (OUT, WIDTH))
+    problem = Problem(site, torch.randn(OUT, WIDTH, generator=torch.Generator().manual_seed(4)), SPEC)
+    one, two = (MomentSums(WIDTH, cross=both, residual=both, device=torch.device("cpu")) for both in (False, True))
+    x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5))
+    one.add_(x, None)
+    two.add_(x, 1.5 * x)
+    solver = PerSite(Gptq(), "gptq", refit=False)
+    found = {}
+    for name, sums in (("one", one), ("two", two)):
+        rows = _Rows(sums.means(), sums.means(), None)
+        found[name] = solver._solve_site(replace(problem, fit=rows.fit), rows)[1]
+    assert (found["one"].streams, found["two"].streams) == (1, 2)
+    assert found["two"].held_out_error > 0.2 > found["one"].held_out_error  # half of the output is missing
+    assert not found["one"].chosen_on_held_out
+
+
+def test_an_error_that_is_not_a_number_is_no_proof():
+    site = LinearSite("model.layers.0.proj", "proj", "linear", (OUT, WIDTH))
+    weight = torch.randn(OUT, WIDTH, generator=torch.Generator().manual_seed(4))
+    good = moments_of(torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5)))
+    bad = Moments(torch.full_like(good.G, float("nan")), None, None, 10)
+    solution, report = PerSite(Gptq(), "gptq", refit=False)._solve_site(
+        Problem(site, weight, SPEC, good), _Rows(good, bad, None)
+    )
+    assert not report.accepted
+    assert torch.equal(solution.qtensor.codes, Rtn().solve(Problem(site, weight, SPEC)).qtensor.codes)

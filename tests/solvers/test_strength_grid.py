@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bitmend.errors import RecipeError
 from bitmend.linalg.moments import merge
 from bitmend.solvers.gptaq import Gptaq
 from bitmend.solvers.strength_grid import StrengthGrid
@@ -37,3 +38,15 @@ def test_the_refit_uses_all_rows(make_layer):
 def test_without_moments_it_cannot_work(make_layer):
     with pytest.raises(ValueError, match="strength_grid needs the moments"):
         StrengthGrid().solve(replace(make_layer().problem, fit=None))
+
+
+def test_without_held_out_rows_it_says_so(make_layer):
+    (event,) = StrengthGrid().solve(replace(make_layer().problem, held_out=None)).events
+    assert event.degrades
+    assert event.message.startswith("no rows are held out")
+
+
+@pytest.mark.parametrize("keys", [{"points": 0}, {"max_strength": -1.0}])
+def test_a_grid_that_cannot_be(keys):
+    with pytest.raises(RecipeError, match="strength_grid needs at least one point and a max_strength of 0 or more"):
+        StrengthGrid(**keys)

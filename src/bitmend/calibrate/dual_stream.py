@@ -187,7 +187,7 @@ class BlockRun:
                 x_fp = real_tokens(stored[position].to(x.device), batch.tokens)
             (held_out if batch.held_out else fit).add_(real_tokens(x, batch.tokens), x_fp)
         for sums in (fit, held_out):
-            if not bool(torch.isfinite(sums.G).all()):
+            if not all(bool(torch.isfinite(m).all()) for m in (sums.G, sums.C, sums.D) if m is not None):
                 names = ", ".join(site.name for site in group.sites)
                 raise NumericsError(
                     f"the input of {names} must be finite, but holds NaN or Inf on the calibration rows; nothing was saved"

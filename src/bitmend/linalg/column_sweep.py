@@ -106,7 +106,7 @@ def column_sweep(
         lazy_block: None for the exact answer; a width reproduces public code that forgets the unrounded columns at the
             end of each block of that width.
 
-    Cost: rows * in^2 multiply-adds, as much again for each residual term; one copy of the weight and one of the errors.
+    Cost: rows * in^2 / 2 multiply-adds, as much again for each residual term; one copy of the weight and one of the errors.
     """
     dtype = weight.dtype
     columns = weight.T[factor.order].contiguous()

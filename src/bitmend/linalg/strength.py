@@ -1,7 +1,7 @@
 """Solve one matrix for several strengths of the residual correction at once, and measure each on moments.
 
-The strength `a` says how much of the residual r = W dx a layer is asked to repair: 0 is GPTQ, 1 believes all of it. A
-form says how:
+The strength `a` says how much of the residual r = W dx a layer is asked to repair: 0 is GPTQ (for `rescomp_first`: its
+second term alone), 1 believes all of it. A form says how:
 
 - `gptaq`: causally, column by column, `a w_q P_q` (arXiv:2504.02692);
 - `shift`: the target itself moves, `W + a W C H^-1` (QEP, CoreQ), and is then rounded as by GPTQ;
@@ -26,10 +26,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitmend.errors import RecipeError
 from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.residual import causal_rows, target_shift
+from bitmend.numerics.granularity import PerTensor
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 
@@ -71,12 +73,18 @@ class StrengthSolver:
         """
         if moments.C is None:
             raise ValueError("a residual correction needs the cross moment C")
+        if grid == "shifted" and form != "shift":
+            raise RecipeError(
+                f"grid 'shifted' needs a moved target, which form {form!r} has not; set solver.form = 'shift'"
+            )
+        if isinstance(spec.granularity, PerTensor):
+            raise RecipeError("candidates are solved row by row, so their scales must be per channel or per group")
         self.weight, self.spec, self.moments, self.form = weight, spec, moments, form
         self.factor: InverseFactor = moments.inverse_factor(damping, order)
         self._cross = moments.C
         self._key = (damping, order)
-        self.on_shifted = form == "shift" and grid == "shifted"
-        self.qparams = qparams or choose_qparams(weight, spec)
+        self._on_shifted = grid == "shifted"
+        self.qparams = None if self._on_shifted else qparams or choose_qparams(weight, spec)
         self._shift = target_shift(weight, moments.C, self.factor) if form == "shift" else None
 
     def solve(self, strengths: Sequence[float]) -> list[QTensor]:
@@ -89,19 +97,23 @@ class StrengthSolver:
             stacked = (stacked.double() + a.unsqueeze(1) * self._shift.repeat(count, 1)).to(stacked.dtype)
         else:
             residuals = self._terms(a)
-        qparams = choose_qparams(stacked, self.spec) if self.on_shifted else _repeat(self.qparams, count)
+        qparams = choose_qparams(stacked, self.spec) if self.qparams is None else _repeat(self.qparams, count)
         solved = round_columns(stacked, self.factor, qparams, self.spec, residuals)
         return [solved.rows(start, start + rows) for start in range(0, count * rows, rows)]
 
     def direction(self) -> Float[Tensor, "out in"]:
-        """Return B, how the unrounded solution moves per unit of strength; float64.
+        """Return B, how the unrounded solution moves per unit of strength, at strength 0; float64.
 
-        The second term of ResComp is left out: it acts on what rounding has moved, which has no direction of its own. (A
-        difference of two rounded solutions would see it, but at two bits it sees the rounding instead.)
+        The unrounded columns are W (I - a P)^-1 for `gptaq`, so B = W P. A second term of fixed strength s pulls the move
+        back on its way: B = W P (I + s P2)^-1. When both terms grow with the strength, B = W P at 0 and shrinks after it.
         """
         if self._shift is not None:
             return self._shift
         moved = self.weight.double()[:, self.factor.order] @ self._causal_rows()
+        if self.form == "rescomp_first":
+            P2 = self._causal_rows_of_drift()
+            pulled = torch.eye(len(P2), dtype=P2.dtype, device=P2.device) + RESCOMP_SECOND * P2
+            moved = torch.linalg.solve_triangular(pulled, moved, upper=True, left=False)
         direction = torch.empty_like(moved)
         direction[:, self.factor.order] = moved
         return direction
@@ -110,10 +122,12 @@ class StrengthSolver:
         terms = [Residual(self._causal_rows(), a)]
         if self.form != "gptaq":
             second = a if self.form == "rescomp" else torch.full_like(a, RESCOMP_SECOND)
-            cross, key = self.moments.G + self._cross, ("causal_rows_of_drift", *self._key)
-            P = self.moments.remember(key, lambda: causal_rows(cross, self.factor))
-            terms.append(Residual(P, second, "drift"))
+            terms.append(Residual(self._causal_rows_of_drift(), second, "drift"))
         return terms
+
+    def _causal_rows_of_drift(self) -> Float[Tensor, "in in"]:
+        key = ("causal_rows_of_drift", *self._key)
+        return self.moments.remember(key, lambda: causal_rows(self.moments.G + self._cross, self.factor))
 
     def _causal_rows(self) -> Float[Tensor, "in in"]:
         return self.moments.remember(("causal_rows", *self._key), lambda: causal_rows(self._cross, self.factor))
@@ -129,7 +143,7 @@ class Measured:
     """A solution measured on some moments.
 
     Attributes:
-        error: J over the energy of the full-precision output; relative, dimensionless.
+        error: J over mean ||W x||^2, the energy of the unrounded output on quantised inputs; dimensionless.
         projection: e, in units of strength; NaN when there is no residual to repair.
     """
 
@@ -160,12 +174,15 @@ class StrengthMeter:
 
     @property
     def closed_form(self) -> float:
-        """The strength at which e would vanish if nothing were rounded: tr(W C B^T) / tr(B G B^T)."""
+        """The strength at which e would vanish if the solution were W + a B: tr(W C B^T) / tr(B G B^T).
+
+        That is what the form `shift` does before rounding; the other forms follow B for small strengths only.
+        """
         return 0.0 if self.no_residual else float(self._pull) / self.gain
 
     @property
     def relative_gain(self) -> float:
-        """tr(B G B^T) over the energy of the full-precision output: curvature of J / energy along the direction."""
+        """tr(B G B^T) over mean ||W x||^2: half the second derivative of the relative error along the direction."""
         return self.gain / float(self._energy)
 
     def measure(self, solution: Float[Tensor, "out in"]) -> Measured:

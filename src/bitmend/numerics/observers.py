@@ -7,9 +7,10 @@ All observers start from the range of each group, `lo = min(w, 0)` and `hi = max
 - asymmetric: `scale = (hi - lo) / (2^b - 1)`, and the zero point is the whole code nearest to where 0 lies.
 
 `minmax` keeps that range; `percentile` starts from quantiles of the entries instead; `mse` shrinks the range step by step
-and keeps the step with the smallest error of round-to-nearest, |error|^2.4 summed over the group. The exponent and the 80
-steps of 1 % are those of the GPTQ line of work (the public code of GPTAQ, arXiv:2504.02692); the exponent above 2 protects
-large weights, which round-to-nearest error under-counts.
+(below 3 bits down to a fiftieth of it, because there the best step is far inside the range of the largest entry) and keeps
+the step with the smallest error of round-to-nearest, |error|^2.4 summed over the group. The exponent and the 80 steps of
+1 % are those of the GPTQ line of work (the public code of GPTAQ, arXiv:2504.02692); the exponent above 2 protects large
+weights, which round-to-nearest error under-counts.
 """
 
 import torch
@@ -36,7 +37,7 @@ def choose_qparams(weight: Float[Tensor, "rows columns"], spec: QuantSpec) -> QP
     Raises:
         RecipeError: the group size does not divide the width.
 
-    Cost: one pass for minmax, a sort for percentile, 80 passes for mse.
+    Cost: one pass for minmax, a sort for percentile, 80 passes for mse (100 below 3 bits).
     """
     columns = weight.shape[1]
     count = num_groups(spec.granularity, columns)
@@ -67,8 +68,7 @@ def _search_rows(groups: Float[Tensor, "rows groups size"], spec: QuantSpec) -> 
         return _qparams_of_range(low, high, spec)
     best = _qparams_of_range(low, high, spec)
     best_error = _rounding_error(groups, best, spec.grid)
-    for step in range(1, MSE_STEPS):
-        shrink = 1 - step / 100
+    for shrink in _shrinks(spec.grid.bits):
         tried = _qparams_of_range(low * shrink, high * shrink, spec)
         error = _rounding_error(groups, tried, spec.grid)
         better = error < best_error
@@ -78,6 +78,11 @@ def _search_rows(groups: Float[Tensor, "rows groups size"], spec: QuantSpec) -> 
             zero_point = torch.where(better, tried.zero_point, best.zero_point)
         best = QParams(torch.where(better, tried.scale, best.scale), zero_point)
     return best
+
+
+def _shrinks(bits: int) -> list[float]:
+    linear = [1 - step / 100 for step in range(1, MSE_STEPS)]
+    return linear if bits > 2 else linear + [linear[-1] * 0.89**step for step in range(1, 21)]
 
 
 def _range(groups: Float[Tensor, "rows groups size"], spec: QuantSpec) -> tuple[Tensor, Tensor]:

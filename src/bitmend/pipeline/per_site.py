@@ -1,4 +1,4 @@
-"""Lift a solver of one matrix to a solver of a block, and prove each of its results on rows that it never saw.
+"""Lift a solver of one matrix to a solver of a block, and prove each of its results on rows that it was not fitted to.
 
 For each site the candidate is fitted on the fit split. It is kept if its held-out error is not above that of
 round-to-nearest at the same bits on the same rows; else round-to-nearest is stored and the report says so. A kept candidate
@@ -20,6 +20,8 @@ from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, Si
 from bitmend.sites import Block, LinearSite
 from bitmend.solvers.rtn import Rtn
 
+BOTH_STREAMS = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
+
 
 @dataclass(frozen=True)
 class PerSite:
@@ -29,11 +31,13 @@ class PerSite:
         solver: works on one matrix.
         name: its name in the report.
         refit: fit accepted candidates again on all rows.
+        two_streams: measure errors against the full-precision network, whatever the solver itself asks for.
     """
 
     solver: SiteSolver
     name: str
     refit: bool
+    two_streams: bool = False
 
     def solve_block(
         self, block: Block, streams: BlockStreams | None, schemes: Mapping[str, QuantSpec]
@@ -63,11 +67,12 @@ class PerSite:
                 yield site, replace(solution, events=tuple(events)), report
 
     def _measure(self, group_index: int, streams: BlockStreams | None) -> "_Rows":
-        if not self.solver.needs:
-            return _Rows(None, None, None)
-        if streams is None:
+        if streams is None and self.solver.needs:
             raise ValueError(f"solver {self.name} needs calibration data")
-        fit, held_out = streams.moments(group_index, self.solver.needs)
+        needs = self.solver.needs | BOTH_STREAMS if self.two_streams else self.solver.needs
+        if streams is None or not needs:
+            return _Rows(None, None, None)
+        fit, held_out = streams.moments(group_index, needs)
         both = merge(fit, held_out) if held_out is not None and self.refit else None
         return _Rows(fit, held_out, both)
 
@@ -81,15 +86,17 @@ class PerSite:
         report.diagnostics = dict(solution.diagnostics)
         if rows.fit is None:
             return solution, report
+        report.streams = 1 if rows.fit.D is None else 2
+        report.chosen_on_held_out = own_choice and rows.held_out is not None
         report.fit_error = relative_error(problem, candidate, rows.fit)
         if rows.held_out is None:
             return solution, report
         base = Rtn().solve(problem)
         report.held_out_error = relative_error(problem, candidate, rows.held_out)
         report.base_held_out_error = relative_error(problem, base.qtensor, rows.held_out)
-        if report.held_out_error > report.base_held_out_error:
+        if not report.held_out_error <= report.base_held_out_error:  # NaN, too, is no proof
             return _dropped(solution, base, report)
-        if rows.both is not None and not own_choice:
+        if rows.both is not None and self.solver.needs and not own_choice:
             refitted = self.solver.solve(replace(problem, fit=rows.both))
             report.diagnostics = dict(refitted.diagnostics)
             report.refitted = True
@@ -120,7 +127,7 @@ def finite_weight(site: LinearSite, block: Block) -> Any:
 
 
 def relative_error(problem: Problem, qtensor: QTensor, moments: Moments) -> float:
-    """Return the layer's output error on `moments`, over the energy of its full-precision output."""
+    """Return the layer's output error on `moments`, over the energy of its unrounded output on quantised inputs."""
     energy = moments.output_energy(problem.weight)
     error = moments.output_error(problem.weight, qtensor.dequantize())
     return error / energy if energy > 0 else 0.0

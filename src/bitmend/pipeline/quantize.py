@@ -13,12 +13,11 @@ from torch import Tensor
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
-from bitmend.pipeline.per_site import PerSite
+from bitmend.pipeline.per_site import BOTH_STREAMS, PerSite
 from bitmend.pipeline.recipe import Recipe
-from bitmend.protocols import BlockReport, Event, ModelAdapter, Need, Progress, RunReport, TokenBatch
+from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
 from bitmend.sites import Block
 
-FULL_PRECISION_INPUT = frozenset({Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
 TRACE_TOKENS = 8
 
 
@@ -90,8 +89,9 @@ class _Loop:
         self.recipe = recipe
         self.report = report
         self.transforms = recipe.build_transforms()
-        self.solver = PerSite(solver, recipe.solver["name"], recipe.calibration.refit)
-        self.keep_inputs = bool(solver.needs & FULL_PRECISION_INPUT)
+        wanted = recipe.calibration
+        self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
+        self.keep_inputs = wanted.two_streams or bool(solver.needs & BOTH_STREAMS)
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()

@@ -94,6 +94,9 @@ class CalibrationSection(_Section):
     sequence_length: StrictInt | None = Field(None, ge=2)  # None: 2,048 or the model's context, whichever is shorter
     held_out: float = Field(0.25, ge=0, lt=1)  # share of sequences that no candidate is fitted to
     seed: StrictInt = Field(0, ge=0)
+    two_streams: bool = (
+        False  # measure every error against the full-precision network, also where no method asks for it
+    )
     refit: bool = True  # fit again on all rows once a candidate has been accepted on the held-out ones
 
 

@@ -19,8 +19,8 @@ LAYOUT = 1  # of comparison.json; raised when a key changes its meaning
 class Entry:
     """One recipe.
 
-    Errors of layers are means over all sites, of the codes' output on held-out rows before any refit (see `SiteReport`);
-    None for data-free solvers, which measure nothing.
+    Errors of layers are means over all sites, of the codes' output on held-out rows before any refit, against the
+    full-precision network (see `SiteReport`, `streams` = 2); None without held-out rows.
 
     Attributes:
         label: its name and its folder.

@@ -36,9 +36,11 @@ def _proof_line(proved: list[SiteReport]) -> str:
     base = sum(site.base_held_out_error or 0.0 for site in proved) / len(proved)
     ours = sum(min(site.held_out_error or 0.0, site.base_held_out_error or 0.0) for site in proved) / len(proved)
     kept = sum(site.accepted for site in proved)
+    both = proved[0].streams == 2
+    against = "of a layer against the full-precision network" if both else "that rounding adds to a layer's output"
     change = f"{(ours / base - 1) * 100:+.1f} %" if base else "no change"
     return (
-        f"held-out error of a layer's output, mean over {len(proved)} matrices: {number(ours)} against {number(base)} for "
+        f"held-out error {against}, mean over {len(proved)} matrices: {number(ours)} against {number(base)} for "
         f"round-to-nearest at the same bits ({change}); {kept} of {len(proved)} candidates kept"
     )
 

@@ -11,7 +11,7 @@ How we differ from the public code: see `linalg.column_sweep` (`compat="referenc
 damping is added once, not once more for each matrix that shares its moments; dead inputs keep their weights; the
 full-precision stream is free of every quantiser. Grids are fixed before the sweep, on the original weight.
 
-Cost: GPTQ's, 4 in^3 more for P (shared), and another out in^2 multiply-adds.
+Cost: GPTQ's, 4 in^3 more for P (shared), and another out in^2 / 2 multiply-adds.
 """
 
 from dataclasses import dataclass

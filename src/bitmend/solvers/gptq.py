@@ -8,7 +8,7 @@ How we differ: the factorisation is in float64, from one Cholesky factor of H wi
 formed); dead inputs keep their weights rounded to nearest, where the public code sets them to zero; groups are static,
 that is their scales come from the original weights before the sweep, so that a column order never changes the grid.
 
-Cost: 2/3 in^3 operations in float64, shared by all sites with the same input, and out in^2 multiply-adds in float32.
+Cost: 4/3 in^3 operations in float64, shared by all sites with the same input, and out in^2 / 2 multiply-adds in float32.
 """
 
 from dataclasses import dataclass

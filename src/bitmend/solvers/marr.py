@@ -13,11 +13,12 @@ of its start. Gains, sign, start and bounds of the authors are not known to us; 
   [0, max_strength]. With a plant gain g of the direction the loop is stable while g (ki + 2 kp + 4 kd) < 2;
 - the loop starts at the closed form, the strength that would be best if nothing were rounded; 0, the global strength and
   the start are solved in one stacked sweep, which also gives the slope its first points;
-- the answer is the visited point with the smallest error, so it is never worse than 0 or the global strength on the rows
-  it was judged on. `selection="last"` gives the paper's rule.
+- the answer is the visited point with the smallest error, so it is never worse than strength 0 or the global strength on
+  the rows it was judged on (which makes its error there a little too good: it was chosen by it).
+  `selection="last"` gives the paper's rule.
 
-Cost: one stacked sweep of three copies, one sweep a step (at most `max_steps`), one sweep for the refit; each measured
-solution costs an (out, in) x (in, in) product.
+Cost: one stacked sweep of three copies, one sweep a step (at most `max_steps`); for the refit a second factor and P (shared
+by the sites of a group) and one sweep; each measured solution costs an (out, in) x (in, in) product in float64.
 """
 
 import math
@@ -31,7 +32,7 @@ import torch
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
 from bitmend.numerics.qtensor import QTensor
-from bitmend.protocols import SOLVERS, Need, Problem, Solution
+from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
 
 LARGEST_STEP = 0.3
 SMALLEST_STEP = 1e-3
@@ -58,7 +59,8 @@ class Marr:
         max_strength: upper bound; the lower one is 0.
         max_steps: steps of the loop, at most; 0 takes the best of the first sweep.
         selection: `best` visited point, or `last`.
-        folds: 1, or 2 to average the feedback over both ways of using the two parts.
+        folds: 1, or 2 to take the feedback from both ways of using the two parts, weighted by how steep each error is; the
+            answer is still judged on the held-out part. Meant for `calibration.held_out = 0.5`.
         refit: fit again on all rows at the chosen strength.
         damping: added to the diagonal of G, as a fraction of its mean; dimensionless, > 0.
         order: "diagonal" rounds columns by decreasing mean square of their input, "natural" from left to right.
@@ -94,16 +96,12 @@ class Marr:
             raise ValueError("marr needs the moments G, C and D of its input")
         started = time.perf_counter()
         folds = self._folds(problem, problem.fit)
-        if folds[0].meter.no_residual:
-            loop = _Loop(self, folds)
-            loop.visit([0.0])
-            loop.stop = "no residual"
-        else:
-            loop = _Loop(self, folds)
-            loop.run()
+        loop = _Loop(self, folds)
+        loop.run()
         chosen = loop.chosen()
         diagnostics = {
             "residual_strength": chosen.strength,
+            "judged_on": "held_out" if folds[0].meter_is_held_out else "fit",
             "closed_form_strength": folds[0].meter.closed_form,
             "stop": loop.stop,
             "passes": loop.passes,
@@ -112,20 +110,28 @@ class Marr:
             "dead_columns": folds[0].solver.factor.dead_columns,
             "loop_seconds": time.perf_counter() - started,
         }
+        events = self._events(problem)
         if not self.refit or problem.everything is None:
-            return Solution(chosen.solution, diagnostics)
-        final = self._solver(problem, problem.everything, folds[0].solver).solve([chosen.strength])[0]
-        return Solution(final, diagnostics, proved=chosen.solution)
+            return Solution(chosen.solution, diagnostics, events)
+        refitted = self._solver(problem, problem.everything, folds[0].solver)
+        diagnostics["damping"] = refitted.factor.damping
+        return Solution(refitted.solve([chosen.strength])[0], diagnostics, events, proved=chosen.solution)
+
+    def _events(self, problem: Problem) -> tuple[Event, ...]:
+        if problem.held_out is not None or self.feedback == "in_sample":
+            return ()
+        message = "no rows are held out, so the residual strength was judged on the rows it was fitted to"
+        return (Event("fallback", problem.site.name, f"{message}; set calibration.held_out above 0", degrades=True),)
 
     def _folds(self, problem: Problem, fit: Moments) -> list["_Fold"]:
         held_out = problem.held_out
         judge = fit if self.feedback == "in_sample" or held_out is None else held_out
         first = self._solver(problem, fit, None)
-        folds = [_Fold(first, StrengthMeter(problem.weight, first.direction(), judge))]
+        folds = [_Fold(first, StrengthMeter(problem.weight, first.direction(), judge), judge is held_out)]
         if self.folds == 2 and held_out is not None:
             second = self._solver(problem, held_out, first)
             judge = held_out if self.feedback == "in_sample" else fit
-            folds.append(_Fold(second, StrengthMeter(problem.weight, second.direction(), judge)))
+            folds.append(_Fold(second, StrengthMeter(problem.weight, second.direction(), judge), judge is fit))
         return folds
 
     def _solver(self, problem: Problem, moments: Moments, known: StrengthSolver | None) -> StrengthSolver:
@@ -143,18 +149,24 @@ class Marr:
 
 @dataclass(frozen=True)
 class _Fold:
-    """A solver on some rows and a meter on others."""
+    """A solver on some rows and a meter on others (or, for the study, on the same)."""
 
     solver: StrengthSolver
     meter: StrengthMeter
+    meter_is_held_out: bool
 
 
 @dataclass
 class _Point:
-    """One visited strength. `error` is J over the layer's output energy, `projection` is e in units of strength."""
+    """One visited strength.
+
+    `error` is the relative J that the point is chosen by, `mean_error` that of all folds, which the slope is taken from;
+    `projection` is e in units of strength.
+    """
 
     strength: float
     error: float
+    mean_error: float
     projection: float
     solution: QTensor
     slope: float = 0.0
@@ -165,7 +177,7 @@ class _Point:
     update: float = 0.0
 
     def to_json(self) -> dict[str, float]:
-        names = ("strength", "error", "projection", "slope", "feedback", "p", "i", "d", "update")
+        names = ("strength", "error", "mean_error", "projection", "slope", "feedback", "p", "i", "d", "update")
         return {name: getattr(self, name) for name in names}
 
 
@@ -178,13 +190,24 @@ class _Loop:
     points: list[_Point] = field(default_factory=list)
     passes: int = 0
     stop: str = "max_steps"
+    first: int = 1
+
+    def __post_init__(self) -> None:
+        # A fold without a residual has no opinion on the strength.
+        self.voting = [fold for fold in self.folds if not fold.meter.no_residual]
+        self.gain = sum(fold.meter.relative_gain for fold in self.voting)
 
     def run(self) -> None:
         """Solve 0, the global strength and the start at once, then step until a stop rule holds."""
+        if not self.voting:
+            self.visit([0.0])
+            self.stop = "no residual"
+            return
         start = self._start()
         self.visit(list(dict.fromkeys([0.0, self._clip(self.marr.global_strength), start])))
         # The loop continues from the start, which is the last visited point unless it coincides with another.
         self.points.sort(key=lambda point: point.strength == start)
+        self.first = len(self.points)
         feedback: list[float] = []
         for _ in range(self.marr.max_steps):
             point = self.points[-1]
@@ -209,23 +232,29 @@ class _Loop:
                 fold.meter.measure(solutions[position].dequantize(torch.float64))
                 for fold, solutions in zip(self.folds, solved, strict=True)
             ]
-            error = sum(one.error for one in seen) / len(seen)
-            projection = sum(one.projection for one in seen) / len(seen)
-            self.points.append(_Point(strength, error, projection, solved[0][position]))
+            mean_error = sum(one.error for one in seen) / len(seen)
+            votes = {id(fold): one.projection for fold, one in zip(self.folds, seen, strict=True)}
+            projection = self._vote([votes[id(fold)] for fold in self.voting])
+            self.points.append(_Point(strength, seen[0].error, mean_error, projection, solved[0][position]))
 
     def _start(self) -> float:
         if self.marr.start == "zero":
             return 0.0
         if self.marr.start == "global":
             return self._clip(self.marr.global_strength)
-        return self._clip(sum(fold.meter.closed_form for fold in self.folds) / len(self.folds))
+        return self._clip(self._vote([fold.meter.closed_form for fold in self.voting]))
+
+    def _vote(self, wishes: Sequence[float]) -> float:
+        """Return the mean over folds, weighted by how steep each fold's error is: the minimum of the mean error."""
+        weighted = sum(fold.meter.relative_gain * wish for fold, wish in zip(self.voting, wishes, strict=True))
+        return weighted / self.gain if self.voting else 0.0
 
     def _clip(self, strength: float) -> float:
         return min(max(strength, 0.0), self.marr.max_strength)
 
     def _feedback(self, point: _Point) -> float:
         """Return the distance to the best strength, as the chosen signal sees it."""
-        gain = sum(fold.meter.relative_gain for fold in self.folds) / len(self.folds)
+        gain = self.gain / len(self.folds)
         point.slope = _slope(self.points, gain)
         if self.marr.signal == "projection":
             point.feedback = point.projection
@@ -243,10 +272,12 @@ class _Loop:
         point.update = min(max(point.p + point.i + point.d, -LARGEST_STEP), LARGEST_STEP)
 
     def _stops(self, point: _Point) -> bool:
-        last = self.points[-2] if len(self.points) > 3 else None
+        last = self.points[-2] if len(self.points) > self.first else None
         if abs(point.feedback) < CLOSE_ENOUGH:
             self.stop = "error near zero"
-        elif last is not None and abs(point.error - last.error) < FLAT * self.points[0].error:
+        elif (
+            last is not None and abs(point.mean_error - last.mean_error) < FLAT * self.points[self.first - 1].mean_error
+        ):
             self.stop = "error flat"
         elif self._clip(point.strength + point.update) == point.strength:
             self.stop = "at the bound"
@@ -267,16 +298,16 @@ def _slope(points: Sequence[_Point], gain: float) -> float:
     for i, one in enumerate(points):
         for other in points[:i]:
             distance = one.strength - other.strength
-            left = one.error - other.error + gain * (one.projection + other.projection) * distance
+            left = one.mean_error - other.mean_error + gain * (one.projection + other.projection) * distance
             top += left * distance
             bottom += distance**2
     return top / bottom if bottom else 0.0
 
 
 def _secant(points: Sequence[_Point], gain: float) -> float:
-    """Return the error of strength from the last two measured errors alone."""
+    """Return the distance to the best strength from the last two measured errors alone; the projection at the start."""
     for other in reversed(points[:-1]):
         distance = points[-1].strength - other.strength
         if not math.isclose(distance, 0.0, abs_tol=1e-9):
-            return -(points[-1].error - other.error) / (2 * gain * distance)
-    return 0.0
+            return -(points[-1].mean_error - other.mean_error) / (2 * gain * distance)
+    return points[-1].projection

@@ -9,7 +9,7 @@ G + C is the cross moment mean x~ x^T of both streams. The second term partly un
 columns, so both strengths want to be small. How we differ: sources of both terms are taken before rounding, everywhere, so
 that the answer does not depend on a block size; damping once.
 
-Cost: GPTAQ's, 4 in^3 more for P2 (shared), and another out in^2 multiply-adds.
+Cost: GPTAQ's, 4 in^3 more for P2 (shared), and another out in^2 / 2 multiply-adds.
 """
 
 from dataclasses import dataclass

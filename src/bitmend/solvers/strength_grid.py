@@ -11,9 +11,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from bitmend.errors import RecipeError
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
-from bitmend.protocols import SOLVERS, Need, Problem, Solution
+from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
 
 
 @SOLVERS.register("strength_grid", paper="ours, against arXiv:2605.17997")
@@ -38,11 +39,18 @@ class StrengthGrid:
     form: Form = "gptaq"
     grid: GridSource = "original"
     feedback: Literal["held_out", "in_sample"] = "held_out"
-    points: int = 13
-    max_strength: float = 1.2
+    points: int = 11
+    max_strength: float = 1.0
     refit: bool = True
     damping: float = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
+
+    def __post_init__(self) -> None:
+        if self.points < 1 or not self.max_strength >= 0:
+            raise RecipeError(
+                f"strength_grid needs at least one point and a max_strength of 0 or more; got {self.points} points and "
+                f"{self.max_strength}"
+            )
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.
@@ -66,10 +74,16 @@ class StrengthGrid:
             "damping": solver.factor.damping,
             "dead_columns": solver.factor.dead_columns,
         }
+        events: tuple[Event, ...] = ()
+        if problem.held_out is None and self.feedback == "held_out":
+            message = "no rows are held out, so the residual strength was judged on the rows it was fitted to"
+            events = (
+                Event("fallback", problem.site.name, f"{message}; set calibration.held_out above 0", degrades=True),
+            )
         if not self.refit or problem.everything is None:
-            return Solution(solutions[best], diagnostics)
+            return Solution(solutions[best], diagnostics, events)
         final = self._solver(problem, problem.everything).solve([strengths[best]])[0]
-        return Solution(final, diagnostics, proved=solutions[best])
+        return Solution(final, diagnostics, events, proved=solutions[best])
 
     def _solver(self, problem: Problem, moments: Moments) -> StrengthSolver:
         return StrengthSolver(
