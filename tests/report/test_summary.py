@@ -37,7 +37,8 @@ def test_the_proof_counts_a_dropped_candidate_as_its_base():
     line = next(run_lines(run_report(sites)))
     # ours (0.1 + 0.4) / 2 = 0.25 against (0.2 + 0.4) / 2 = 0.3: a sixth less
     assert line == (
-        "held-out error that rounding adds to a layer's output, mean over 2 matrices: 0.25 against 0.3 for round-to-nearest at the same "
+        "held-out error that rounding adds to a layer's output, mean over 2 matrices: 0.25 against 0.3 for "
+        "round-to-nearest at the same "
         "bits (-16.7 %); 1 of 2 candidates kept"
     )
 

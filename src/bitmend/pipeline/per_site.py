@@ -130,7 +130,9 @@ def relative_error(problem: Problem, qtensor: QTensor, moments: Moments) -> floa
     """Return the layer's output error on `moments`, over the energy of its unrounded output on quantised inputs."""
     energy = moments.output_energy(problem.weight)
     error = moments.output_error(problem.weight, qtensor.dequantize())
-    return error / energy if energy > 0 else 0.0
+    if energy == 0:
+        return 0.0 if error == 0 else float("inf")
+    return error / energy
 
 
 def _scale_events(site: LinearSite, qtensor: QTensor) -> list[Event]:
