@@ -66,7 +66,7 @@ def main():
         for name, module, attribute in PARTS:
             setattr(module, attribute, timed(parts, name, getattr(module, attribute)))
         report = run(Path(folder) / "plain")
-        total = report.seconds["total"]
+        total, spent_in = report.seconds["total"], dict(parts)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             run(Path(folder) / "profiled")
     print(
@@ -78,7 +78,7 @@ def main():
     rest = total - sum(report.seconds.get(phase, 0.0) for phase in ("embed", "load", "forward", "moments", "solve"))
     print(f"  {'open, write':<14}{rest / total:6.1%}")
     print("inside solve, and inside moments the factor's input:")
-    for name, spent in parts.items():
+    for name, spent in spent_in.items():
         print(f"  {name:<14}{spent / total:6.1%}")
     events = profiler.key_averages()
     everything = sum(event.self_cpu_time_total for event in events)

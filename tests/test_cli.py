@@ -143,9 +143,9 @@ def test_keys_of_the_command_line_reach_the_recipe(bitmend, quantise):
     assert recipe["calibration"]["seed"] == 5
 
 
-def test_an_option_wins_over_set(bitmend, quantise):
-    assert bitmend(*quantise("--bits", "3", "--set", "weights.bits=2", "--recipe", "rtn")).code == 0
-    assert json.loads(Path("out/run.json").read_text())["recipe"]["weights"]["bits"] == 3
+def test_a_key_is_set_once(refused, quantise):
+    sentence = refused(*quantise("--bits", "3", "--set", "weights.bits=2", "--recipe", "rtn"))
+    assert "weights.bits is set twice, by --set to 2 and by its own option to 3; keep one" in sentence
 
 
 def test_a_recipe_file(bitmend, quantise, tmp_path):
@@ -439,7 +439,7 @@ def test_an_output_that_exists(refused, bitmend, quantise):
 def test_an_abandoned_partial_folder(refused, bitmend, quantise):
     Path("out.partial").mkdir()
     sentence = refused(*quantise("--recipe", "rtn"))
-    assert "out.partial exists; choose another output, or pass --overwrite" in sentence
+    assert "out.partial exists, left by a killed run or in use by one under way; choose another" in sentence
     assert bitmend(*quantise("--recipe", "rtn", "--overwrite")).code == 0
     assert names_here() == ["out"]
 
@@ -565,7 +565,7 @@ def lose_a_tensor(folder):
 
 @pytest.mark.parametrize("damage", [cut, alter, lose_a_tensor])
 @pytest.mark.parametrize("command", ["evaluate", "generate", "inspect"])
-def test_a_damaged_checkpoint(bitmend, refused, quantised, copy_of, tiny_text, damage, command):
+def test_a_damaged_checkpoint(refused, quantised, copy_of, tiny_text, damage, command):
     folder = copy_of(quantised)
     damage(folder)
     more = {
@@ -573,10 +573,8 @@ def test_a_damaged_checkpoint(bitmend, refused, quantised, copy_of, tiny_text, d
         "generate": ["--prompt", "w3"],
         "inspect": [],
     }[command]
-    if command == "inspect" and damage is not cut:
-        assert bitmend(command, folder).code == 0  # it counts bytes; whether they are right is not asked
-        return
-    assert str(folder) in refused(command, folder, *more)
+    sentence = refused(command, folder, *more)
+    assert str(folder) in sentence or "model.layers.0.mlp.up_proj.weight_packed" in sentence
 
 
 # ------------------------------------------------------------------------------------------------ failures

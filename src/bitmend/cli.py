@@ -214,10 +214,13 @@ def compare(
 @app.command()
 def inspect(model: ModelArgument, json_file: JsonOption = None) -> None:
     """Count the bits of a checkpoint from its saved bytes."""
+    from bitmend.formats.integrity import check_folder
     from bitmend.formats.ledger import ledger
     from bitmend.models.loading import resolve_model
 
-    account = ledger(resolve_model(model))
+    folder = resolve_model(model)
+    check_folder(folder)
+    account = ledger(folder)
     if json_file is not None:
         _write_json(json_file, account.to_json())
     _show_ledger(str(model), account)
@@ -342,7 +345,11 @@ def _recipe_keys(
     sequence_length: int | None,
     seed: int | None,
 ) -> dict[str, Any]:
-    """Return the recipe keys that the options of a command set; those with an option of their own win."""
+    """Return the recipe keys that the options of a command set.
+
+    Raises:
+        RequestError: a key that is set twice, by `--set` and by an option of its own.
+    """
     from bitmend.pipeline.recipe import parse_assignments
 
     short = {
@@ -352,7 +359,13 @@ def _recipe_keys(
         "calibration.sequence_length": sequence_length,
         "calibration.seed": seed,
     }
-    return parse_assignments(assignment or []) | {key: value for key, value in short.items() if value is not None}
+    keys = parse_assignments(assignment or [])
+    for key, value in short.items():
+        if value is not None and key in keys:
+            raise RequestError(
+                f"{key} is set twice, by --set to {keys[key]!r} and by its own option to {value}; keep one"
+            )
+    return keys | {key: value for key, value in short.items() if value is not None}
 
 
 def _check_json_path(path: Path | None, made_by_run: Path | None = None) -> None:

@@ -10,6 +10,7 @@ def make(**changes):
         "windows": 2,
         "window_length": 4,
         "perplexity": 3.5,
+        "reference_perplexity": None,
         "kl": None,
         "top1_agreement": None,
         "kl_standard_error": None,

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitmend.errors import CheckpointError
-from bitmend.formats.integrity import check_files, read_config, read_records, weight_files
+from bitmend.formats.integrity import check_files, check_folder, read_config, read_records, weight_files
 from bitmend.formats.manifest import Manifest
 
 
@@ -104,3 +104,21 @@ def test_checksums(made):
     check_files(files, manifest.with_files({}))
     with pytest.raises(CheckpointError, match="disagree about the weight file 'other'"):
         check_files(files, manifest.with_files({**manifest.files, "other": ""}))
+
+
+def test_a_folder_of_codes_without_their_description_is_refused(tmp_path):
+    tensors = {"proj.weight_packed": torch.zeros(2, 1, dtype=torch.int32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds packed codes \(proj.weight_packed\), but its config.json has no"):
+        check_folder(tmp_path)
+
+
+def test_a_plain_folder_is_well_formed_or_refused(tmp_path):
+    save_file({"proj.weight": torch.zeros(2, 1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    check_folder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError):
+        check_folder(tmp_path)

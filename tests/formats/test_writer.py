@@ -114,7 +114,7 @@ def test_an_existing_output_is_refused(source, tmp_path):
     with pytest.raises(RequestError, match=r"out exists; choose another output, or pass --overwrite to replace it"):
         CheckpointWriter(source, tmp_path / "out")
     (tmp_path / "new.partial").mkdir()
-    with pytest.raises(RequestError, match=r"new\.partial exists; .*--overwrite"):
+    with pytest.raises(RequestError, match=r"new\.partial exists, left by a killed run .*--overwrite"):
         CheckpointWriter(source, tmp_path / "new")
 
 

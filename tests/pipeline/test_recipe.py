@@ -42,7 +42,7 @@ TARGETS = st.lists(TEXT.filter(lambda text: not text.startswith("re:")) | st.jus
 END = optional(
     bits=st.integers(2, 8), group_size=st.sampled_from([-1, 16]), observer=st.sampled_from(["minmax", "mse"])
 )
-GPTQ = optional(damping=st.floats(1e-300, 1e300), order=st.sampled_from(["natural", "diagonal"])).map(
+GPTQ = optional(damping=st.floats(1e-300, 10), order=st.sampled_from(["natural", "diagonal"])).map(
     lambda keys: {"name": "gptq", **keys}
 )
 RECIPES = optional(
@@ -342,3 +342,10 @@ def test_a_solver_gets_its_fields(add_part):
 
     add_part.solver("toy", Toy)
     assert load_recipe("toy", parse_assignments(["solver.sharp=true", "solver.steps=7"])).build_solver() == Toy(True, 7)
+
+
+@pytest.mark.parametrize("solver", ["gptq", "gptaq", "rescomp", "qep", "coreq", "marr", "strength_grid"])
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf"), 11.0])
+def test_a_damping_that_cannot_be_is_refused_when_the_recipe_is_read(solver, damping):
+    with pytest.raises(RecipeError, match=rf"solver '{solver}': damping: input should be"):
+        load_recipe(solver, {"solver.damping": damping})

@@ -61,7 +61,9 @@ def test_events_come_first_and_are_cut():
 # ------------------------------------------------------------------------------------------------ evaluation
 def text_result(kl=None, file="texts/a.txt"):
     agreement = None if kl is None else 0.98765
-    return TextResult(file, 20, 512, 12.3456789, kl, agreement, kl and kl / 100, kl, kl, kl, 2.51, 10240, "ab", 1.0)
+    return TextResult(
+        file, 20, 512, 12.3456789, kl and 11.5, kl, agreement, kl and kl / 100, kl, kl, kl, 2.51, 10240, "ab", 1.0
+    )
 
 
 def test_an_evaluation_without_reference():
@@ -77,7 +79,10 @@ def test_an_evaluation_with_reference():
     report = EvaluationReport((ModelResult("m", (text_result(0.012345),)),), "ref", "float32", "cpu")
     header, rows = evaluation_rows(report)
     assert header[4:] == ["KL (nats)", "+-", "top-1 agreement"]
-    assert rows == [["m", "a.txt", "20 x 512", "12.3457", "0.01235", "0.00012", "0.9877"]]
+    assert rows == [
+        ["ref (reference)", "a.txt", "20 x 512", "11.5", "0", "-", "1"],
+        ["m", "a.txt", "20 x 512", "12.3457", "0.01235", "0.00012", "0.9877"],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ ledger

@@ -142,7 +142,7 @@ def _score_text(
     model: LoadedModel, windows: TokenWindows, reference: ReferenceLogits | None, settings: _Settings
 ) -> TextResult:
     started = time.perf_counter()
-    losses, kl, agrees = [], [], []
+    losses, reference_losses, kl, agrees = [], [], [], []
     slices = list(windows.batches(settings.batch_size))
     for chunk in settings.progress.track(slices, f"{model.name} on {windows.file}", len(slices)):
         ids = windows.ids[chunk]
@@ -154,7 +154,9 @@ def _score_text(
                     f"{model.name}: the reference's vocabulary of {reference.vocabulary} words is required, but the "
                     f"model has {logits.shape[-1]}; compare a model with the one it was made from"
                 )
-            wanted, given = reference.batch(chunk).to(logits.device).flatten(0, 1), logits.flatten(0, 1)
+            answer = reference.batch(chunk).to(logits.device)
+            reference_losses.append(_window_losses(answer, ids))
+            wanted, given = answer.flatten(0, 1), logits.flatten(0, 1)
             kl.append(kl_divergence(wanted, given).reshape(ids.shape).cpu())
             agrees.append(top1_agreement(wanted, given).reshape(ids.shape).cpu())
     loss = torch.cat(losses)
@@ -167,6 +169,7 @@ def _score_text(
         windows=len(windows.ids),
         window_length=windows.ids.shape[1],
         perplexity=perplexity(loss),
+        reference_perplexity=perplexity(torch.cat(reference_losses)) if reference_losses else None,
         cross_entropy=float(loss.double().mean()),
         tokens=windows.ids.numel(),
         tokens_sha256=windows.sha256,

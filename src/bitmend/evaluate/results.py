@@ -15,6 +15,7 @@ class TextResult:
         windows: how many windows were scored.
         window_length: tokens in a window.
         perplexity: exp of `cross_entropy`.
+        reference_perplexity: of the reference on the same windows.
         kl: mean KL(reference || model) of all next-token distributions, nats a token; None without a reference, as
             all further fields of the comparison.
         top1_agreement: share of the tokens after which both rank the same word first.
@@ -30,6 +31,7 @@ class TextResult:
     windows: int
     window_length: int
     perplexity: float
+    reference_perplexity: float | None
     kl: float | None
     top1_agreement: float | None
     kl_standard_error: float | None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bitmend.errors import CheckpointError
-from bitmend.formats.manifest import Manifest
+from bitmend.formats.manifest import QUANT_METHOD, Manifest
 from bitmend.formats.native import site_shapes
 from bitmend.formats.safetensors_file import TensorRecord, parse_json, read_header, sha256_of
 from bitmend.formats.writer import INDEX_FILE, SINGLE_FILE
@@ -75,6 +75,27 @@ def read_records(files: Iterable[Path]) -> dict[str, TensorRecord]:
             raise CheckpointError(f"{file} repeats the tensor {twice[0]!r} of another weight file")
         records |= header.tensors
     return records
+
+
+def check_folder(folder: Path) -> None:
+    """Judge a whole model folder: in bitmend's own format everything, in another that the files are well-formed.
+
+    Raises:
+        CheckpointError: as `check_files`, or packed codes without a description of them.
+
+    Cost: reads every byte of a bitmend checkpoint, for the checksums.
+    """
+    config, files = read_config(folder), weight_files(folder)
+    described = config.get("quantization_config")
+    if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:
+        check_files(files, Manifest.from_json(described))
+        return
+    packed = [name for name in read_records(files) if name.endswith(f".{WORDS}")]
+    if packed and not described:
+        raise CheckpointError(
+            f"{folder} holds packed codes ({packed[0]}), but its config.json has no quantization_config that says how to "
+            "read them; copy config.json again"
+        )
 
 
 def check_files(files: Iterable[Path], manifest: Manifest, *, verify: bool = True) -> dict[str, TensorRecord]:

@@ -257,7 +257,8 @@ def check_output(source_folder: Path, output: Path, overwrite: bool) -> None:
         raise RequestError(f"the output {output} is a file; choose another name")
     for folder in (output, partial):
         if folder.exists() and not overwrite:
-            raise RequestError(f"{folder} exists; choose another output, or pass --overwrite to replace it")
+            what = "exists" if folder == output else "exists, left by a killed run or in use by one under way"
+            raise RequestError(f"{folder} {what}; choose another output, or pass --overwrite to replace it")
     # A slip of the finger must not delete somebody's home folder.
     if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise RequestError(f"{output} is not empty and holds no model, so it is not replaced; choose another")

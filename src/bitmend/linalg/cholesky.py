@@ -6,13 +6,17 @@ that error costs when they do.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from bitmend.errors import FactorizationError
 
+# A fraction of the mean diagonal. Checked where a recipe is read, so that a slip is told before anything runs.
+Damping = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 

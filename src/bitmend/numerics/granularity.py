@@ -69,7 +69,8 @@ def num_groups(granularity: Granularity, num_columns: int) -> int:
     if rest and not granularity.ragged:
         raise RecipeError(
             f"group_size must divide the width of the weight, or be declared ragged (weights.ragged = true); got "
-            f"group_size {granularity.size} for {num_columns} input channels, whose divisors are {divisors_text(num_columns)}"
+            f"group_size {granularity.size} for {num_columns} input channels, whose divisors are "
+            f"{divisors_text(num_columns)}; choose one, or -1 for one scale per output channel"
         )
     return whole + bool(rest)
 

@@ -52,6 +52,12 @@ def evaluation_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]
     if compared:
         header += ["KL (nats)", "+-", "top-1 agreement"]
     rows = []
+    for text in report.models[0].texts if compared and report.models else ():
+        scored = f"{text.windows} x {text.window_length}"
+        name = text.file.replace("\\", "/").rsplit("/", 1)[-1]
+        rows.append(
+            [f"{report.reference} (reference)", name, scored, number(text.reference_perplexity, 6), "0", "-", "1"]
+        )
     for model in report.models:
         for text in model.texts:
             name = text.file.replace("\\", "/").rsplit("/", 1)[-1]

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.residual import target_shift
 from bitmend.linalg.strength import StrengthSolver
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
@@ -31,7 +32,7 @@ class CoreQ:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
-    damping: float = 0.01
+    damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
     def solve(self, problem: Problem) -> Solution:

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.residual import causal_rows
 from bitmend.numerics.observers import choose_qparams
@@ -42,7 +43,7 @@ class Gptaq:
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
     residual_strength: float = 0.25
-    damping: float = 0.01
+    damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
     compat: Literal["exact", "reference"] = "exact"
 

@@ -14,6 +14,7 @@ Cost: 4/3 in^3 operations in float64, shared by all sites with the same input, a
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import round_columns
 from bitmend.numerics.observers import choose_qparams
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
@@ -34,7 +35,7 @@ class Gptq:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
-    damping: float = 0.01
+    damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
     def solve(self, problem: Problem) -> Solution:

@@ -29,6 +29,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
 from bitmend.numerics.qtensor import QTensor
@@ -83,7 +84,7 @@ class Marr:
     selection: Literal["best", "last"] = "best"
     folds: Literal[1, 2] = 1
     refit: bool = True
-    damping: float = 0.01
+    damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
     def solve(self, problem: Problem) -> Solution:

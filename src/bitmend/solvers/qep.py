@@ -10,6 +10,7 @@ Cost: GPTQ's and 6 out in^2 operations in float64 for the shift.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.strength import StrengthSolver
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
@@ -27,7 +28,7 @@ class Qep:
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
     residual_strength: float = 0.5
-    damping: float = 0.01
+    damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
     def solve(self, problem: Problem) -> Solution:

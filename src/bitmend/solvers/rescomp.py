@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.residual import causal_rows
 from bitmend.numerics.observers import choose_qparams
@@ -38,7 +39,7 @@ class ResComp:
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
     residual_strength: float = 0.25
     drift_strength: float = 0.25
-    damping: float = 0.01
+    damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
     def solve(self, problem: Problem) -> Solution:

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from bitmend.errors import RecipeError
+from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
 from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
@@ -42,7 +43,7 @@ class StrengthGrid:
     points: int = 11
     max_strength: float = 1.0
     refit: bool = True
-    damping: float = 0.01
+    damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
     def __post_init__(self) -> None:
