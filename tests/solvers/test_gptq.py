@@ -86,7 +86,8 @@ def test_between_brute_force_and_round_to_nearest(make_layer):
         totals["best"] += best
         totals["gptq"] += ours
         totals["rtn"] += problem.fit.output_error(problem.weight, Rtn().solve(problem).qtensor.dequantize())
-    assert totals["best"] < totals["gptq"] < totals["rtn"]
+    # The numbers of docs/results/2026-11-20_cpu-2_gptq-correct.md.
+    assert totals == pytest.approx({"best": 11.617, "gptq": 19.300, "rtn": 20.231}, abs=2e-3)
 
 
 def test_much_better_than_round_to_nearest_on_average(make_layer):
