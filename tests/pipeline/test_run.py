@@ -63,6 +63,8 @@ def test_an_output_folder_is_complete(run_tiny, tmp_path, tiny_model):
     output = tmp_path / "out"
     files = {path.name for path in output.iterdir()}
     expected = {"config.json", "model.safetensors", "run.json", "recipe.toml", "ledger.json", "generation_config.json"}
+    expected |= {"README.md"}
+    assert "import bitmend" in (tmp_path / "out" / "README.md").read_text()
     assert files == expected | {"tokenizer.json", "tokenizer_config.json"}
     assert (output / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}  # no partial folder is left

@@ -34,6 +34,18 @@ from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress,
 LONGEST_DEFAULT_SEQUENCE = 2048
 TOKENS_PER_BATCH = 4096
 DEGRADED_SHARE = 0.05
+# transformers skips a format that it does not know: it warns, and fills the quantised layers with random numbers.
+HOW_TO_LOAD = """This model was quantised with bitmend. Import bitmend before it is loaded, else transformers leaves its
+quantised layers random:
+
+    import bitmend
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("this folder")
+
+`bitmend export --format compressed-tensors` writes a folder that loads without bitmend. What was done stands in recipe.toml
+and run.json; where each byte went, in ledger.json.
+"""
 
 
 def quantize(
@@ -108,7 +120,7 @@ def quantize(
         report.peak_memory_bytes = peak_memory_bytes()
         report.status = "done"
         config = quantization_config(entries, tied=ends.tied, provenance=_provenance(report))
-        documents = {"recipe.toml": plan.to_toml()}
+        documents = {"recipe.toml": plan.to_toml(), "README.md": HOW_TO_LOAD}
         writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
     return report
 
