@@ -8,7 +8,6 @@ import torch
 
 from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.models.hf_causal_lm import HfCausalLm
-from bitmend.packing import bits
 from bitmend.protocols import (
     ADAPTERS,
     COMPENSATORS,
@@ -19,7 +18,6 @@ from bitmend.protocols import (
     CheckpointFormat,
     Compensator,
     Event,
-    Layout,
     ModelAdapter,
     Need,
     Progress,
@@ -81,7 +79,6 @@ def test_a_store_is_a_stream_that_may_be_read_twice():
 
 def test_contracts_can_be_broken():
     assert not isinstance(object(), SiteSolver)
-    assert not isinstance(bits, Layout)
     assert not isinstance(SilentProgress(), SiteSolver)
 
 

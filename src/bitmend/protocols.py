@@ -281,19 +281,6 @@ class ModelAdapter(Protocol):
 
 
 @runtime_checkable
-class Layout(Protocol):
-    """Codes <-> words, and nothing else."""
-
-    def pack(self, codes: Tensor, bits: int) -> Tensor:
-        """Return the words that hold `codes`."""
-        ...
-
-    def unpack(self, words: Tensor, bits: int, num_columns: int) -> Tensor:
-        """Return the codes that `words` hold."""
-        ...
-
-
-@runtime_checkable
 class CheckpointFormat(Protocol):
     """A file that other tools, or bitmend itself, can read."""
 

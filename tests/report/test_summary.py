@@ -43,6 +43,14 @@ def test_the_proof_counts_a_dropped_candidate_as_its_base():
     )
 
 
+def test_the_proof_says_when_a_method_chose_by_the_same_rows():
+    chosen = site(0.1, 0.2)
+    chosen.streams, chosen.chosen_on_held_out = 2, True
+    line = next(run_lines(run_report([chosen])))
+    assert line.startswith("held-out error of a layer against the full-precision network, mean over 1 matrices: 0.1")
+    assert line.endswith("1 of 1 candidates kept; strengths were chosen on the same rows")
+
+
 def test_a_base_without_error():
     assert "0 against 0 for round-to-nearest at the same bits (no change); 1 of 1" in next(
         run_lines(run_report([site(0.0, 0.0)]))
