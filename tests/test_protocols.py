@@ -6,8 +6,12 @@ import inspect
 import pytest
 import torch
 
+from bitmend import protocols
 from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.numerics.observers import choose_qparams
+from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.uniform import UniformGrid
 from bitmend.protocols import (
     ADAPTERS,
     COMPENSATORS,
@@ -20,6 +24,7 @@ from bitmend.protocols import (
     Event,
     ModelAdapter,
     Need,
+    Problem,
     Progress,
     Reparameterisation,
     SilentProgress,
@@ -104,3 +109,23 @@ def test_num_tokens_counts_real_tokens_only():
 
 def test_an_event_does_not_degrade_unless_it_says_so():
     assert not Event("dead_columns", "here", "two inputs were zero").degrades
+
+
+def test_scales_of_a_problem_are_searched_once_and_follow_its_weight(monkeypatch):
+    searched = []
+
+    def search(weight, spec):
+        searched.append(weight)
+        return choose_qparams(weight, spec)
+
+    monkeypatch.setattr(protocols, "choose_qparams", search)
+    spec = QuantSpec(UniformGrid(3, symmetric=True))
+    first = Problem(None, torch.randn(2, 8), spec)
+    copied = dataclasses.replace(first, fit=None)
+    assert copied.qparams() is first.qparams()
+    assert len(searched) == 1
+    other = dataclasses.replace(first, weight=2 * first.weight)
+    torch.testing.assert_close(other.qparams().scale, 2 * first.qparams().scale)
+    finer = dataclasses.replace(first, spec=QuantSpec(UniformGrid(4, symmetric=True)))
+    assert (finer.qparams().scale < first.qparams().scale).all()
+    assert len(searched) == 3

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitmend.linalg.moments import Moments
-from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.numerics.observers import choose_qparams
+from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.registry import Registry
 from bitmend.sites import Block, LinearSite
 
@@ -76,6 +77,16 @@ class Problem:
     fit: Moments | None = None
     held_out: Moments | None = None
     everything: Moments | None = None
+    _known: list[tuple[Tensor, QuantSpec, QParams]] = field(default_factory=list, repr=False, compare=False)
+
+    def qparams(self) -> QParams:
+        """Return scales chosen on the weight alone, searched once for all copies of this problem made by `replace`."""
+        for weight, spec, qparams in self._known:
+            if weight is self.weight and spec == self.spec:
+                return qparams
+        chosen = choose_qparams(self.weight, self.spec)
+        self._known.append((self.weight, self.spec, chosen))
+        return chosen
 
 
 @dataclass(frozen=True)

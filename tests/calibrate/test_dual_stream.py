@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from bitmend.calibrate import dual_stream
 from bitmend.calibrate.dual_stream import BlockRun, DualStream, real_tokens
 from bitmend.errors import NumericsError
 from bitmend.models.hf_causal_lm import HfCausalLm
@@ -296,3 +297,62 @@ def test_hooks_are_gone_afterwards(folder):
     run.moments(DOWN_PROJ, ALL)
     assert not any(module._forward_pre_hooks for module in run.block.module.modules())
     assert isinstance(run, BlockStreams)
+
+
+# ------------------------------------------------------------------------------------------------ attention is kept
+def whole_block(streams):
+    """Ask for the moments of each group, round it, and return all moments and the output."""
+    run = run_block(streams, 0, [])
+    found = []
+    for group in range(len(run.block.groups)):
+        found += [getattr(one, name) for one in run.moments(group, ALL) for name in "GCD"]
+        for site in run.block.groups[group].sites:
+            site.store_(run.block.module, coarse(site.weight(run.block.module)))
+    found += list(map(torch.clone, run.run_quantised()))
+    run.close()
+    return found
+
+
+def test_kept_attention_changes_no_bit_and_is_computed_once(folder, monkeypatch):
+    kept = whole_block(opened(folder("llama"), BATCHES["ragged"]))
+    computed = []
+    original = dual_stream._KeptAttention.result
+
+    def always_compute(self, position, call, group_index, compute):
+        computed.append(position)
+        return compute()
+
+    monkeypatch.setattr(dual_stream._KeptAttention, "result", always_compute)
+    anew = whole_block(opened(folder("llama"), BATCHES["ragged"]))
+    assert len(kept) == len(anew) == 4 * 6 + 3
+    assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
+    # o, up and gate, down, and the output: four runs of three batches reach attention.
+    assert len(computed) == 4 * 3
+    computed.clear()
+
+    def count(self, position, call, group_index, compute):
+        return original(self, position, call, group_index, lambda: computed.append(position) or compute())
+
+    monkeypatch.setattr(dual_stream._KeptAttention, "result", count)
+    whole_block(opened(folder("llama"), BATCHES["ragged"]))
+    assert computed == [0, 1, 2]
+
+
+@pytest.mark.parametrize("what", ["earlier group", "norm"])
+def test_kept_attention_is_computed_anew_when_something_before_it_changes(folder, what):
+    def moments(warm):
+        streams = opened(folder("llama"), BATCHES["full"])
+        run = run_block(streams, 0, [])
+        if warm:
+            run.moments(1, ALL)  # keeps attention as it is in full precision
+        if what == "norm":
+            with torch.no_grad():
+                run.block.module.input_layernorm.weight.mul_(1.5)
+        else:
+            for site in run.block.groups[0].sites:
+                site.store_(run.block.module, coarse(site.weight(run.block.module)))
+        return run.moments(1, ALL)
+
+    for one, other in zip(moments(True), moments(False), strict=True):
+        assert torch.equal(one.G, other.G)
+        assert one.C.any()

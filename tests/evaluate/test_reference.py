@@ -8,6 +8,7 @@ from bitmend.evaluate.load import LoadedModel
 from bitmend.evaluate.reference import HiddenLogits, LiveLogits, Reference, check_same_tokens, run_model
 from bitmend.evaluate.reference_cache import ReferenceCache
 from bitmend.evaluate.windows import TokenWindows, read_windows
+from bitmend.numerics.products import FastLinear
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_cached_fresh_and_direct_logits_are_equal_bit_for_bit(ask, reference, sp
     cached, _ = ask(reference)
     assert [line for line in spoken.lines if "come from" in line]
     assert torch.equal(all_logits(fresh, windows), all_logits(cached, windows))
-    with torch.no_grad():
+    with torch.no_grad(), FastLinear():
         direct = torch.cat([lab.model()(input_ids=ids, use_cache=False).logits for ids in windows.ids.split(4)])
     assert torch.equal(all_logits(cached, windows), direct)
 
@@ -88,7 +89,7 @@ def test_a_model_with_something_after_its_head_runs_again(ask, lab, tmp_path, sp
     assert not own_cache.exists()
     logits = all_logits(answers, windows)
     assert logits.abs().max() <= 0.5
-    with torch.no_grad():
+    with torch.no_grad(), FastLinear():
         assert torch.equal(logits[:4], model(input_ids=windows.ids[:4], use_cache=False).logits)
 
 

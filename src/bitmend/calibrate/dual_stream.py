@@ -1,26 +1,33 @@
 """The calibration rows as they travel through both networks, one block at a time.
 
 `x_fp` is the input of the current block in the full-precision network, `x_q` the same rows in the quantised network. Only
-one block's activations exist at a time, in memory or on disk. What a block's inner layers read is never stored for the
+one block's activations exist at a time, in memory or on disk. What a block's inner layers read is not stored for the
 quantised stream: the block is run again for each group of sites, up to that group, and the moments are summed batch by
-batch. For the full-precision stream it is stored, because the full-precision weights are gone once a group is solved.
+batch. Only attention is not computed again: its result is kept, since nothing that it depends on changes after the first
+run that reaches it. For the full-precision stream the inputs are stored, because the full-precision weights are gone once a
+group is solved.
 
 Both streams run the same kernels on the same batch shapes, so that without any rounding they stay equal bit for bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.errors import NumericsError
 from bitmend.linalg.moments import Moments, MomentSums
 from bitmend.protocols import BlockInputs, ModelAdapter, Need, TokenBatch
 from bitmend.sites import Block, SiteGroup
+
+_Versions = tuple[tuple[int, int], ...]
 
 
 class _InputSeen(Exception):  # noqa: N818 - not an error: it stops a forward pass once the wanted input is there
@@ -94,11 +101,23 @@ class DualStream:
         """Return an empty store, in memory or on disk as the streams are."""
         return ActivationStore(self._directory)
 
-    def run(self, index: int, inputs: ActivationStore) -> ActivationStore:
-        """Run the loaded block `index` on every batch of `inputs` and return its outputs."""
+    def run(
+        self,
+        index: int,
+        inputs: ActivationStore,
+        kept: Callable[[int], AbstractContextManager[None]] = lambda position: nullcontext(),
+    ) -> ActivationStore:
+        """Run the loaded block `index` on every batch of `inputs` and return its outputs.
+
+        Args:
+            index: of the block.
+            inputs: one tensor a batch.
+            kept: makes the context in which a batch runs, given its number.
+        """
         outputs = self.new_store()
         for position, batch in enumerate(self.batches):
-            outputs.append(self.adapter.run_block(index, inputs[position].to(self.device), batch.inputs))
+            with kept(position):
+                outputs.append(self.adapter.run_block(index, inputs[position].to(self.device), batch.inputs))
         return outputs
 
     def advance(self, y_fp: ActivationStore, y_q: ActivationStore) -> None:
@@ -147,6 +166,7 @@ class BlockRun:
         """
         self.streams = streams
         self.block = block
+        self._attention = _KeptAttention(streams, block)
         self.fp_inputs = [streams.new_store() if keep_inputs else None for _ in block.groups]
         hooks = [
             block.module.get_submodule(group.sites[0].path).register_forward_pre_hook(_appender(store))
@@ -159,8 +179,15 @@ class BlockRun:
             for hook in hooks:
                 hook.remove()
 
+    def run_quantised(self) -> ActivationStore:
+        """Return the output of the block as it now stands in the quantised network."""
+        everything = len(self.block.groups)
+        kept = partial(self._attention.of_batch, group_index=everything)
+        return self.streams.run(self.block.index, self.streams.x_q, kept)
+
     def close(self) -> None:
         """Free the stored inputs."""
+        self._attention.close()
         for store in self.fp_inputs:
             if store is not None:
                 store.close()
@@ -200,12 +227,86 @@ class BlockRun:
         hook = layer.register_forward_pre_hook(_stopper)
         try:
             hidden = self.streams.x_q[position].to(self.streams.device)
-            self.streams.adapter.run_block(self.block.index, hidden, batch.inputs)
+            with self._attention.of_batch(position, self.block.groups.index(group)):
+                self.streams.adapter.run_block(self.block.index, hidden, batch.inputs)
         except _InputSeen as seen:
             return seen.inputs
         finally:
             hook.remove()
         raise RuntimeError(f"{group.name} of {self.block.name} did not run on batch {position}")
+
+
+class _KeptAttention:
+    """Results of a block's attention in the quantised network, each computed by the first run that reaches it.
+
+    A run for group k stops there, so what it computed depends on no weight of group k or later. As long as no other weight
+    of the block has changed, every later run would compute the same bits again. That is checked, not assumed: a change
+    upstream makes the next run compute and keep the result anew.
+    """
+
+    def __init__(self, streams: DualStream, block: Block) -> None:
+        self._streams = streams
+        self._block = block
+        # One entry for each attention call of the block: a result a batch, and the weights that it was computed with.
+        self._results: list[ActivationStore] = []
+        self._made_with: list[dict[int, tuple[int, _Versions]]] = []
+
+    @contextmanager
+    def of_batch(self, position: int, group_index: int) -> Iterator[None]:
+        """Answer the attention calls of one run, which reads no weight of `group_index` and later groups."""
+        with _AttentionCalls(self, position, group_index):
+            yield
+
+    def result(self, position: int, call: int, group_index: int, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the result of attention call number `call` on one batch."""
+        if call == len(self._results):
+            self._results.append(self._streams.new_store())
+            self._made_with.append({})
+        results, made_with = self._results[call], self._made_with[call]
+        if position in made_with:
+            reached, versions = made_with[position]
+            if versions == self._versions_before(reached):
+                return results[position].to(self._streams.device)
+        computed = compute()
+        if position < len(results):
+            results.replace_(position, computed)
+        elif position == len(results):
+            results.append(computed)
+        else:  # batches come in order; one that comes early is simply not kept
+            return computed
+        made_with[position] = (group_index, self._versions_before(group_index))
+        return computed
+
+    def _versions_before(self, group_index: int) -> "_Versions":
+        """Return what changes when a weight does that is read before group `group_index`."""
+        later = {site.path for group in self._block.groups[group_index:] for site in group.sites}
+        return tuple(
+            (id(parameter), parameter._version)
+            for name, parameter in self._block.module.named_parameters()
+            if name.rpartition(".")[0] not in later
+        )
+
+    def close(self) -> None:
+        """Free the results."""
+        for store in self._results:
+            store.close()
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Counts the attention calls of one run and answers them from what is kept."""
+
+    def __init__(self, kept: _KeptAttention, position: int, group_index: int) -> None:
+        super().__init__()
+        self.kept, self.position, self.group_index, self.calls = kept, position, group_index, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def compute() -> Any:
+            return func(*args, **(kwargs or {}))
+
+        if func is not nn.functional.scaled_dot_product_attention:
+            return compute()
+        call, self.calls = self.calls, self.calls + 1
+        return self.kept.result(self.position, call, self.group_index, compute)
 
 
 def _appender(store: ActivationStore) -> Callable[[nn.Module, tuple[Any, ...]], None]:

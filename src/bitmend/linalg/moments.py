@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitmend.linalg.cholesky import InverseFactor, factor_inverse
+from bitmend.numerics.products import linear
 
 ResultT = TypeVar("ResultT")
 CHUNK_TOKENS = 4096
@@ -115,14 +116,15 @@ class MomentSums:
             x_fp: inputs of the same tokens in the full-precision network; needed when C or D were asked for.
         """
         for start in range(0, len(x), CHUNK_TOKENS):
-            chunk = x[start : start + CHUNK_TOKENS].float()
-            self.G += (chunk.T @ chunk).double()
+            rows = slice(start, start + CHUNK_TOKENS)
+            inputs = x[rows].float().T.contiguous()
+            self.G += linear(inputs, inputs)
             if x_fp is not None and (self.C is not None or self.D is not None):
-                residual = x_fp[start : start + CHUNK_TOKENS].float() - chunk
+                residual = x_fp[rows].float().T - inputs
                 if self.C is not None:
-                    self.C += (residual.T @ chunk).double()
+                    self.C += linear(residual, inputs)
                 if self.D is not None:
-                    self.D += (residual.T @ residual).double()
+                    self.D += linear(residual, residual)
         self.num_tokens += len(x)
 
     def means(self) -> Moments:

@@ -108,7 +108,7 @@ class _Loop:
         sites = self._solve(block, run, report)
         if streams is not None and run is not None:
             with self.timed("forward"):
-                y_q = streams.run(index, streams.x_q)
+                y_q = run.run_quantised()
                 report.relative_error = streams.relative_error(run.y_fp, y_q)
             if not math.isfinite(report.relative_error):
                 raise NumericsError(

@@ -22,7 +22,6 @@ import torch
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.residual import causal_rows
-from bitmend.numerics.observers import choose_qparams
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 REFERENCE_BLOCK = 128
@@ -62,7 +61,7 @@ class Gptaq:
         qtensor = round_columns(
             weight,
             factor,
-            choose_qparams(weight, problem.spec),
+            problem.qparams(),
             problem.spec,
             (Residual(P, strength),),
             lazy_block=REFERENCE_BLOCK if self.compat == "reference" else None,

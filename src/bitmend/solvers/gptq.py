@@ -16,7 +16,6 @@ from typing import ClassVar, Literal
 
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import round_columns
-from bitmend.numerics.observers import choose_qparams
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 
@@ -47,6 +46,6 @@ class Gptq:
         if problem.fit is None:
             raise ValueError("gptq needs the moments of its input")
         factor = problem.fit.inverse_factor(self.damping, self.order)
-        qparams = choose_qparams(problem.weight, problem.spec)
+        qparams = problem.qparams()
         qtensor = round_columns(problem.weight, factor, qparams, problem.spec)
         return Solution(qtensor, {"damping": factor.damping, "dead_columns": factor.dead_columns})

@@ -114,7 +114,7 @@ class Marr:
         events = self._events(problem)
         if not self.refit or problem.everything is None:
             return Solution(chosen.solution, diagnostics, events)
-        refitted = self._solver(problem, problem.everything, folds[0].solver)
+        refitted = self._solver(problem, problem.everything)
         diagnostics["damping"] = refitted.factor.damping
         return Solution(refitted.solve([chosen.strength])[0], diagnostics, events, proved=chosen.solution)
 
@@ -127,15 +127,15 @@ class Marr:
     def _folds(self, problem: Problem, fit: Moments) -> list["_Fold"]:
         held_out = problem.held_out
         judge = fit if self.feedback == "in_sample" or held_out is None else held_out
-        first = self._solver(problem, fit, None)
+        first = self._solver(problem, fit)
         folds = [_Fold(first, StrengthMeter(problem.weight, first.direction(), judge), judge is held_out)]
         if self.folds == 2 and held_out is not None:
-            second = self._solver(problem, held_out, first)
+            second = self._solver(problem, held_out)
             judge = held_out if self.feedback == "in_sample" else fit
             folds.append(_Fold(second, StrengthMeter(problem.weight, second.direction(), judge), judge is fit))
         return folds
 
-    def _solver(self, problem: Problem, moments: Moments, known: StrengthSolver | None) -> StrengthSolver:
+    def _solver(self, problem: Problem, moments: Moments) -> StrengthSolver:
         return StrengthSolver(
             problem.weight,
             problem.spec,
@@ -144,7 +144,7 @@ class Marr:
             grid=self.grid,
             damping=self.damping,
             order=self.order,
-            qparams=None if known is None else known.qparams,
+            qparams=problem.qparams() if self.grid == "original" else None,
         )
 
 

@@ -20,7 +20,6 @@ import torch
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.residual import causal_rows
-from bitmend.numerics.observers import choose_qparams
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 
@@ -61,5 +60,5 @@ class ResComp:
             Residual(first, self.residual_strength * ones),
             Residual(second, self.drift_strength * ones, "drift"),
         )
-        qtensor = round_columns(weight, factor, choose_qparams(weight, problem.spec), problem.spec, residuals)
+        qtensor = round_columns(weight, factor, problem.qparams(), problem.spec, residuals)
         return Solution(qtensor, {"damping": factor.damping, "dead_columns": factor.dead_columns})

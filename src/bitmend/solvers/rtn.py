@@ -6,7 +6,6 @@ The base that every other solver has to beat at the same bits. Cost: one pass ov
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import quantize
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
@@ -24,5 +23,5 @@ class Rtn:
 
     def solve(self, problem: Problem) -> Solution:
         """Return the nearest codes."""
-        qparams = choose_qparams(problem.weight, problem.spec)
+        qparams = problem.qparams()
         return Solution(quantize(problem.weight, qparams, problem.spec))

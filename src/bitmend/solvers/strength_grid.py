@@ -95,4 +95,5 @@ class StrengthGrid:
             grid=self.grid,
             damping=self.damping,
             order=self.order,
+            qparams=problem.qparams() if self.grid == "original" else None,
         )

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from bitmend.numerics import products
+from bitmend.numerics.products import FastLinear, linear
+
+
+def assert_close(found, expected):
+    # float32 with sums of up to 1,000 terms: a half-precision path would be off by 1e-3.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.fixture(params=["onednn", "without"])
+def library(request, monkeypatch):
+    if request.param == "without":
+        monkeypatch.setattr(products, "_ONEDNN_LINEAR", None)
+    elif products._ONEDNN_LINEAR is None:
+        pytest.skip("this build of torch has no oneDNN")
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (0,), (2, 0)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_is_the_product_in_float32(shape, with_bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, 1000), torch.randn(1000, 33).T
+    bias = torch.randn(33) if with_bias else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    found = linear(x, weight, bias)
+    assert found.shape == (*shape, 33)
+    assert found.dtype == torch.float32
+    if found.numel():
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_left_to_torch(dtype):
+    x, weight = torch.randn(4, 8).to(dtype), torch.randn(3, 8).to(dtype)
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_gradients_are_not_lost():
+    weight = torch.randn(3, 8, requires_grad=True)
+    x = torch.randn(4, 8)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 8))
+    layer = torch.nn.Linear(8, 3)
+    with FastLinear():
+        layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(3, 8))
+
+
+def test_layers_within_reach_use_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(products, "linear", lambda *arguments: calls.append(len(arguments)) or torch.zeros(1))
+    layer = torch.nn.Linear(8, 3)
+    with FastLinear(), torch.no_grad():
+        assert layer(torch.randn(4, 8)).shape == (1,)
+    with torch.no_grad():
+        assert layer(torch.randn(4, 8)).shape == (4, 3)
+    assert calls == [3]
