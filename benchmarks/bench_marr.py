@@ -21,6 +21,8 @@ import bitmend
 from bitmend import assets
 from bitmend.report.terminal import TerminalProgress
 
+CAUSAL = {"solver.form": "gptaq"}
+IN_SAMPLE = {"solver.feedback": "in_sample", "solver.selection": "last", "solver.start": "global"}
 METHODS = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
@@ -28,22 +30,25 @@ METHODS = {
     "gptaq 0.5": ("gptaq", {"solver.residual_strength": 0.5}),
     "gptaq 0.75": ("gptaq", {"solver.residual_strength": 0.75}),
     "gptaq 1.0": ("gptaq", {"solver.residual_strength": 1.0}),
+    "grid, gptaq form": ("strength_grid", CAUSAL),
+    "pid held-out, gptaq form": ("marr", CAUSAL),
+    "pid in-sample, gptaq form": ("marr", CAUSAL | IN_SAMPLE),
     "rescomp": ("rescomp", {}),
+    "marr, rescomp form": ("marr", {"solver.form": "rescomp"}),
     "qep 0.5": ("qep", {}),
     "qep 0.75": ("qep", {"solver.residual_strength": 0.75}),
     "qep 1.0": ("qep", {"solver.residual_strength": 1.0}),
     "coreq": ("coreq", {}),
-    "grid, gptaq": ("strength_grid", {}),
-    "grid, shift": ("strength_grid", {"solver.form": "shift", "solver.grid": "shifted"}),
-    "pid in-sample": ("marr", {"solver.feedback": "in_sample", "solver.selection": "last", "solver.start": "global"}),
+    "grid, shift": ("strength_grid", {}),
     "marr": ("marr", {}),
-    "marr rescomp": ("marr", {"solver.form": "rescomp"}),
-    "marr shift": ("marr", {"solver.form": "shift", "solver.grid": "shifted"}),
-    "marr shift, grid of W": ("marr", {"solver.form": "shift"}),
-    "closed form, shift": (
-        "marr",
-        {"solver.form": "shift", "solver.grid": "shifted", "solver.max_steps": 0, "solver.selection": "last"},
-    ),
+    "pid in-sample, shift": ("marr", IN_SAMPLE),
+    "marr, grid of W": ("marr", {"solver.grid": "original"}),
+    "closed form, shift": ("marr", {"solver.max_steps": 0, "solver.selection": "last"}),
+    "descent": ("descent", {}),
+    "descent, strength 0": ("descent", {"solver.residual_strength": 0.0}),
+    "descent, no factors": ("descent", {"solver.scale_factors": [1.0]}),
+    "descent, no sweeps": ("descent", {"solver.sweeps": 0, "solver.rounds": 0}),
+    "descent, no refit": ("descent", {"solver.rounds": 0}),
 }
 
 

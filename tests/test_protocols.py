@@ -33,6 +33,7 @@ from bitmend.protocols import (
     TokenBatch,
     Transform,
 )
+from bitmend.sites import LinearSite
 
 CONTRACTS = (
     (SOLVERS, SiteSolver, "solve"),
@@ -120,7 +121,7 @@ def test_scales_of_a_problem_are_searched_once_and_follow_its_weight(monkeypatch
 
     monkeypatch.setattr(protocols, "choose_qparams", search)
     spec = QuantSpec(UniformGrid(3, symmetric=True))
-    first = Problem(None, torch.randn(2, 8), spec)
+    first = Problem(LinearSite("a", "a", "linear", (2, 8)), torch.randn(2, 8), spec)
     copied = dataclasses.replace(first, fit=None)
     assert copied.qparams() is first.qparams()
     assert len(searched) == 1

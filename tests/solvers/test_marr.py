@@ -98,11 +98,11 @@ def test_in_sample_feedback_believes_more_than_held_out_feedback(make_layer):
 def test_the_refit_uses_all_rows_at_the_chosen_strength(make_layer):
     problem = make_layer(bits=3).problem
     everything = merge(problem.fit, problem.held_out)
-    solution = Marr().solve(replace(problem, everything=everything))
+    solution = Marr(form="gptaq").solve(replace(problem, everything=everything))
     strength = solution.diagnostics["residual_strength"]
     expected = Gptaq(residual_strength=strength).solve(replace(problem, fit=everything)).qtensor
     assert torch.equal(solution.qtensor.codes, expected.codes)
-    alone = Marr(refit=False).solve(replace(problem, everything=everything))
+    alone = Marr(form="gptaq", refit=False).solve(replace(problem, everything=everything))
     assert alone.proved is None
     assert torch.equal(solution.proved.codes, alone.qtensor.codes)
 

@@ -28,7 +28,7 @@ def test_the_best_point_on_held_out_rows_is_kept(make_layer, form):
 def test_the_refit_uses_all_rows(make_layer):
     problem = make_layer(bits=3).problem
     everything = merge(problem.fit, problem.held_out)
-    solution = StrengthGrid().solve(replace(problem, everything=everything))
+    solution = StrengthGrid(form="gptaq").solve(replace(problem, everything=everything))
     strength = solution.diagnostics["residual_strength"]
     expected = Gptaq(residual_strength=strength).solve(replace(problem, fit=everything)).qtensor
     assert torch.equal(solution.qtensor.codes, expected.codes)

@@ -38,6 +38,16 @@ class InverseFactor:
     requested_damping: float
     dead_columns: int
 
+    def damped(self, G: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+        """Return H = G + damping mean(diag G) I, whose inverse this is the factor of; G in the matrix's own order."""
+        return G + self.damping * _mean_diagonal(G) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+
+
+def _mean_diagonal(G: Float[Tensor, "in in"]) -> Tensor:
+    mean = G.diagonal().mean()
+    # Every input is zero, or the matrix is no moment at all: the ladder will tell.
+    return mean if mean > 0 else torch.ones_like(mean)
+
 
 def column_order(G: Float[Tensor, "in in"], order: str) -> Int[Tensor, " in"]:
     """Return the columns in the order in which they are rounded: natural, or by decreasing diagonal of G."""
@@ -66,9 +76,7 @@ def factor_inverse(G: Float[Tensor, "in in"], damping: float, order: str) -> Inv
         raise FactorizationError("the second moment of the inputs must be finite, but it holds NaN or Inf")
     permutation = column_order(G, order)
     H = G.double()[permutation][:, permutation]
-    mean = H.diagonal().mean()
-    if not mean > 0:
-        mean = torch.ones_like(mean)  # every input is zero, or the matrix is no moment at all: the ladder will tell
+    mean = _mean_diagonal(H)
     dead = int((H.diagonal() == 0).sum())
     steps = [damping, *(step for step in DAMPING_LADDER if step > damping)]
     for step in steps:

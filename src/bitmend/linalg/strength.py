@@ -18,7 +18,7 @@ error projected on that direction, in units of B: positive when the residual is 
 per unit of a, e would be -dJ/da / (2 tr(B G B^T)), the Newton step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,10 +33,10 @@ from bitmend.linalg.moments import Moments
 from bitmend.linalg.residual import causal_rows, target_shift
 from bitmend.numerics.granularity import PerTensor
 from bitmend.numerics.observers import choose_qparams
-from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
+from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams
 
 Form = Literal["gptaq", "shift", "rescomp", "rescomp_first"]
-GridSource = Literal["original", "shifted"]
+GridSource = Literal["auto", "original", "shifted"]
 RESCOMP_SECOND = 0.25
 
 
@@ -54,10 +54,10 @@ class StrengthSolver:
         moments: Moments,
         *,
         form: Form,
-        grid: GridSource = "original",
+        grid: GridSource = "auto",
         damping: float,
         order: str,
-        qparams: QParams | None = None,
+        qparams: Callable[[], QParams] | None = None,
     ) -> None:
         """Prepare.
 
@@ -66,10 +66,11 @@ class StrengthSolver:
             spec: grid.
             moments: to fit on, with C.
             form: how the residual is repaired.
-            grid: choose scales on the original weight or on the moved target (form `shift` only).
+            grid: choose scales on the original weight or on the moved target (form `shift` only); `auto` takes the moved
+                target where there is one.
             damping: of the factor.
             order: of the columns.
-            qparams: scales on the original weight, where they are known already.
+            qparams: gives the scales on the original weight, where they may be known already.
         """
         if moments.C is None:
             raise ValueError("a residual correction needs the cross moment C")
@@ -83,8 +84,9 @@ class StrengthSolver:
         self.factor: InverseFactor = moments.inverse_factor(damping, order)
         self._cross = moments.C
         self._key = (damping, order)
-        self._on_shifted = grid == "shifted"
-        self.qparams = None if self._on_shifted else qparams or choose_qparams(weight, spec)
+        self.qparams: QParams | None = None
+        if grid == "original" or (grid == "auto" and form != "shift"):
+            self.qparams = choose_qparams(weight, spec) if qparams is None else qparams()
         self._shift = target_shift(weight, moments.C, self.factor) if form == "shift" else None
 
     def solve(self, strengths: Sequence[float]) -> list[QTensor]:
@@ -97,7 +99,7 @@ class StrengthSolver:
             stacked = (stacked.double() + a.unsqueeze(1) * self._shift.repeat(count, 1)).to(stacked.dtype)
         else:
             residuals = self._terms(a)
-        qparams = choose_qparams(stacked, self.spec) if self.qparams is None else _repeat(self.qparams, count)
+        qparams = choose_qparams(stacked, self.spec) if self.qparams is None else stack_qparams([self.qparams] * count)
         solved = round_columns(stacked, self.factor, qparams, self.spec, residuals)
         return [solved.rows(start, start + rows) for start in range(0, count * rows, rows)]
 
@@ -131,11 +133,6 @@ class StrengthSolver:
 
     def _causal_rows(self) -> Float[Tensor, "in in"]:
         return self.moments.remember(("causal_rows", *self._key), lambda: causal_rows(self._cross, self.factor))
-
-
-def _repeat(qparams: QParams, count: int) -> QParams:
-    zero_point = None if qparams.zero_point is None else qparams.zero_point.repeat(count, 1)
-    return QParams(qparams.scale.repeat(count, 1), zero_point)
 
 
 @dataclass(frozen=True)

@@ -102,13 +102,13 @@ def _qparams_of_range(
     grid = spec.grid
     if grid.symmetric:
         largest = torch.maximum(-low, high)
-        return QParams(_stored(largest / ((2**grid.bits - 1) / 2 if grid.bits > 1 else 1.0), spec), None)
-    scale = _stored((high - low) / (2**grid.bits - 1), spec)
+        return QParams(stored_scales(largest / ((2**grid.bits - 1) / 2 if grid.bits > 1 else 1.0), spec), None)
+    scale = stored_scales((high - low) / (2**grid.bits - 1), spec)
     zero_point = (grid.min_code - torch.round(low / scale)).clamp_(grid.min_code, grid.max_code)
     return QParams(scale, zero_point)
 
 
-def _stored(scale: Float[Tensor, "rows groups"], spec: QuantSpec) -> Float[Tensor, "rows groups"]:
+def stored_scales(scale: Float[Tensor, "rows groups"], spec: QuantSpec) -> Float[Tensor, "rows groups"]:
     """Round scales to the type they are stored in; a scale that the type cannot hold becomes its nearest normal number.
 
     An all-zero group gets scale 1, because any positive number gives it back exactly, and 0 where the grid has no level 0.

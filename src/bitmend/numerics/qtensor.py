@@ -1,5 +1,6 @@
 """A quantised matrix: codes, their scales, and the words that say how to read them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -53,6 +54,12 @@ class QParams:
         """Return the same parameters spread to columns: entry (r, j) is that of group `group[j]`."""
         zero_point = None if self.zero_point is None else self.zero_point[:, group]
         return QParams(self.scale[:, group], zero_point)
+
+
+def stack_qparams(parts: Sequence[QParams]) -> QParams:
+    """Return the parameters of matrices of one grid that lie one below the other."""
+    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
+    return QParams(torch.cat([part.scale for part in parts]), torch.cat(zero_points) if zero_points else None)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class StrengthGrid:
 
     Attributes:
         form: how the residual is repaired; see `linalg.strength`.
-        grid: scales from the original weight or from the moved target (`shifted`, form `shift` only).
+        grid: scales from the original weight or from the moved target (`shifted`, form `shift` only); `auto` takes the moved
+            target where there is one.
         feedback: `held_out`, or `in_sample` for the study.
         points: how many strengths, evenly spaced from 0 to `max_strength`.
         max_strength: the largest one.
@@ -37,8 +38,8 @@ class StrengthGrid:
     needs: ClassVar[frozenset[Need]] = frozenset(
         {Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT, Need.HELD_OUT}
     )
-    form: Form = "gptaq"
-    grid: GridSource = "original"
+    form: Form = "shift"
+    grid: GridSource = "auto"
     feedback: Literal["held_out", "in_sample"] = "held_out"
     points: int = 11
     max_strength: float = 1.0
@@ -95,5 +96,5 @@ class StrengthGrid:
             grid=self.grid,
             damping=self.damping,
             order=self.order,
-            qparams=problem.qparams() if self.grid == "original" else None,
+            qparams=problem.qparams,
         )
