@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
 from bitmend.linalg.cholesky import factor_inverse
+from bitmend.linalg.moments import Moments
 from bitmend.linalg.residual import causal_rows, target_shift
 from bitmend.testing.reference.gptaq import residual_rows, shifted_target
 
@@ -26,9 +28,17 @@ def test_two_columns_by_hand():
     np.testing.assert_allclose(P.numpy(), [[0.0, 0.2], [0.0, 0.0]], atol=1e-15)
 
 
-def test_the_shift_does_not_depend_on_the_order_of_columns():
-    weight = torch.randn(4, 9, generator=GENERATOR, dtype=torch.float64)
+@pytest.mark.parametrize("rows", [4, 20])
+def test_the_shift_depends_neither_on_the_order_of_columns_nor_on_who_asked_before(rows):
+    weight = torch.randn(rows, 9, generator=GENERATOR, dtype=torch.float64)
     expected = shifted_target(weight.numpy(), H, C.numpy(), 1.0) - weight.numpy()
+    moments = Moments(G, C, None, 60)
     for order in ("natural", "diagonal"):
-        shift = target_shift(weight, C, factor_inverse(G, 0.01, order))
-        np.testing.assert_allclose(shift.numpy(), expected, atol=1e-12)
+        factor = factor_inverse(G, 0.01, order)
+        for _ in range(2):  # the second answer may come from what is remembered
+            np.testing.assert_allclose(target_shift(weight, moments, factor).numpy(), expected, atol=1e-12)
+    stronger = factor_inverse(G, 0.5, "natural")
+    other = target_shift(weight, moments, stronger).numpy()
+    assert np.abs(other - expected).max() > 1e-2
+    with pytest.raises(ValueError, match="a target shift needs the cross moment C"):
+        target_shift(weight, Moments(G, None, None, 60), stronger)

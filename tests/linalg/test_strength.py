@@ -61,7 +61,7 @@ def test_without_rounding_the_error_is_the_distance_to_the_closed_form(form, str
     direction = solver(COARSE, form).direction()
     meter = StrengthMeter(WEIGHT, direction, moments(1))
     seen = meter.measure(WEIGHT.double() + strength * direction)
-    assert seen.projection == pytest.approx(meter.closed_form - strength, abs=1e-9)
+    assert seen.projection == pytest.approx(meter.closed_form - strength, abs=1e-6)  # products in float32
 
 
 def test_the_closed_form_has_the_smallest_error_on_its_line():
@@ -129,3 +129,17 @@ def test_cross_moments_are_needed():
         StrengthSolver(WEIGHT, COARSE, plain.means(), form="gptaq", damping=0.01, order="natural")
     with pytest.raises(ValueError, match="needs the moments C and D"):
         StrengthMeter(WEIGHT, WEIGHT.double(), plain.means())
+
+
+def test_scales_between_two_strengths_are_interpolated_and_exact_at_both_ends():
+    fitted = moments(0)
+    keys = {"form": "shift", "damping": 0.01, "order": "diagonal"}
+    between = StrengthSolver(WEIGHT, COARSE, fitted, top=1.0, **keys)
+    searched = StrengthSolver(WEIGHT, COARSE, fitted, **keys)
+    low, middle, high = between.solve([0.0, 0.5, 1.0])
+    for end, strength in ((low, 0.0), (high, 1.0)):
+        expected = searched.solve([strength])[0]
+        assert torch.equal(end.qparams.scale, expected.qparams.scale)
+        assert torch.equal(end.codes, expected.codes)
+    torch.testing.assert_close(middle.qparams.scale, (low.qparams.scale + high.qparams.scale) / 2)
+    assert not torch.equal(low.qparams.scale, high.qparams.scale)

@@ -40,7 +40,7 @@ def test_the_whole_shift_is_least_squares_for_the_full_precision_output(make_lay
     layer = make_layer(tokens=600)
     W = layer.problem.weight.double()
     factor = factor_inverse(layer.problem.fit.G, 1e-12, "diagonal")
-    ours = W + target_shift(W, layer.problem.fit.C, factor)
+    ours = W + target_shift(W, layer.problem.fit, factor)
     x, x_fp = layer.x.double().numpy(), layer.x_fp.double().numpy()
     expected = np.linalg.lstsq(x, x_fp @ W.T.numpy(), rcond=None)[0].T
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-5)

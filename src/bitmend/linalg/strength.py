@@ -32,7 +32,8 @@ from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.residual import causal_rows, target_shift
 from bitmend.numerics.granularity import PerTensor
-from bitmend.numerics.observers import choose_qparams
+from bitmend.numerics.observers import choose_qparams, interpolate_qparams
+from bitmend.numerics.products import linear
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams
 
 Form = Literal["gptaq", "shift", "rescomp", "rescomp_first"]
@@ -44,7 +45,7 @@ class StrengthSolver:
     """Rounds one matrix at given strengths, on fixed moments.
 
     Cost of construction: one factor and one P for all sites that share the moments; the scale search once for a grid on
-    the original weight. Cost of `solve`: one sweep over as many stacked copies as there are strengths.
+    the original weight, twice with `top`. Cost of `solve`: one sweep over as many stacked copies as there are strengths.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class StrengthSolver:
         damping: float,
         order: str,
         qparams: Callable[[], QParams] | None = None,
+        top: float | None = None,
     ) -> None:
         """Prepare.
 
@@ -70,7 +72,10 @@ class StrengthSolver:
                 target where there is one.
             damping: of the factor.
             order: of the columns.
-            qparams: gives the scales on the original weight, where they may be known already.
+            qparams: gives the scales for `original`, where they are known already.
+            top: largest strength that will be asked for. With it, scales for a moved target are searched at strength 0 and at
+                `top` only and interpolated between, which costs less and compares strengths rather than searches; without
+                it they are searched anew for each strength.
         """
         if moments.C is None:
             raise ValueError("a residual correction needs the cross moment C")
@@ -84,24 +89,40 @@ class StrengthSolver:
         self.factor: InverseFactor = moments.inverse_factor(damping, order)
         self._cross = moments.C
         self._key = (damping, order)
-        self.qparams: QParams | None = None
-        if grid == "original" or (grid == "auto" and form != "shift"):
-            self.qparams = choose_qparams(weight, spec) if qparams is None else qparams()
-        self._shift = target_shift(weight, moments.C, self.factor) if form == "shift" else None
+        self._shift = target_shift(weight, moments, self.factor) if form == "shift" else None
+        on_original = grid == "original" or (grid == "auto" and form != "shift")
+        search = qparams or (lambda: choose_qparams(weight, spec))
+        self._grid_of_weight = search() if on_original or top else None
+        self._top = None if on_original else top
+        self._grid_at_top = None if not self._top else choose_qparams(self._targets([self._top]), spec)
 
     def solve(self, strengths: Sequence[float]) -> list[QTensor]:
         """Return one solution for each strength, from one sweep."""
         rows, count = len(self.weight), len(strengths)
-        a = torch.tensor(strengths, dtype=torch.float64, device=self.weight.device).repeat_interleave(rows)
-        stacked = self.weight.repeat(count, 1)
-        residuals: list[Residual] = []
-        if self._shift is not None:
-            stacked = (stacked.double() + a.unsqueeze(1) * self._shift.repeat(count, 1)).to(stacked.dtype)
-        else:
-            residuals = self._terms(a)
-        qparams = choose_qparams(stacked, self.spec) if self.qparams is None else stack_qparams([self.qparams] * count)
-        solved = round_columns(stacked, self.factor, qparams, self.spec, residuals)
+        stacked = self._targets(strengths)
+        residuals = [] if self._shift is not None else self._terms(self._by_row(strengths))
+        solved = round_columns(stacked, self.factor, self._grids(strengths, stacked), self.spec, residuals)
         return [solved.rows(start, start + rows) for start in range(0, count * rows, rows)]
+
+    def _by_row(self, strengths: Sequence[float]) -> Float[Tensor, " stacked"]:
+        a = torch.tensor(strengths, dtype=torch.float64, device=self.weight.device)
+        return a.repeat_interleave(len(self.weight))
+
+    def _targets(self, strengths: Sequence[float]) -> Float[Tensor, "stacked in"]:
+        """Return what is rounded for each strength, one below the other."""
+        stacked = self.weight.repeat(len(strengths), 1)
+        if self._shift is None:
+            return stacked
+        moved = stacked.double() + self._by_row(strengths).unsqueeze(1) * self._shift.repeat(len(strengths), 1)
+        return moved.to(stacked.dtype)
+
+    def _grids(self, strengths: Sequence[float], stacked: Float[Tensor, "stacked in"]) -> QParams:
+        low, high, top = self._grid_of_weight, self._grid_at_top, self._top
+        if low is None:
+            return choose_qparams(stacked, self.spec)
+        if high is None or top is None:
+            return stack_qparams([low] * len(strengths))
+        return stack_qparams([interpolate_qparams(low, high, a / top, self.spec) for a in strengths])
 
     def direction(self) -> Float[Tensor, "out in"]:
         """Return B, how the unrounded solution moves per unit of strength, at strength 0; float64.
@@ -158,10 +179,11 @@ class StrengthMeter:
         self._weight = weight.double()
         self._direction = direction
         self._G = moments.G
-        self._target = self._weight @ moments.C
-        self._constant = torch.sum((self._weight @ moments.D) * self._weight)
-        self._energy = torch.sum((self._weight @ moments.G) * self._weight).clamp(min=torch.finfo(torch.float64).tiny)
-        self.gain = float(torch.sum((direction @ moments.G) * direction))
+        self._target = _product(self._weight, moments.C.T)
+        self._constant = torch.sum(_product(self._weight, moments.D) * self._weight)
+        energy = torch.sum(_product(self._weight, moments.G) * self._weight)
+        self._energy = energy.clamp(min=torch.finfo(torch.float64).tiny)
+        self.gain = float(torch.sum(_product(direction, moments.G) * direction))
         self._pull = torch.sum(self._target * direction)
 
     @property
@@ -183,11 +205,16 @@ class StrengthMeter:
         return self.gain / float(self._energy)
 
     def measure(self, solution: Float[Tensor, "out in"]) -> Measured:
-        """Return J and e of a solution, given in float64. Cost: one (out, in) x (in, in) product in float64."""
+        """Return J and e of a solution, given in float64. Cost: one (out, in) x (in, in) product in float32."""
         E = solution - self._weight
-        EG = E @ self._G
+        EG = _product(E, self._G)
         error = torch.sum(EG * E) - 2 * torch.sum(E * self._target) + self._constant
         projection = float("nan")
         if not self.no_residual:
             projection = float((self._pull - torch.sum(EG * self._direction)) / self.gain)
         return Measured(float(error / self._energy), projection)
+
+
+def _product(left: Float[Tensor, "out in"], right: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
+    """Return `left right^T`, taken in float32 and meant to be summed in float64: J then is exact to about 1e-6 of itself."""
+    return linear(left.float(), right.float()).double()

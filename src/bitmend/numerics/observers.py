@@ -68,9 +68,15 @@ def _search_rows(groups: Float[Tensor, "rows groups size"], spec: QuantSpec) -> 
         return _qparams_of_range(low, high, spec)
     best = _qparams_of_range(low, high, spec)
     best_error = _rounding_error(groups, best, spec.grid)
+    ends = torch.stack([groups.amin(-1), groups.amax(-1)], -1)
     for shrink in _shrinks(spec.grid.bits):
         tried = _qparams_of_range(low * shrink, high * shrink, spec)
-        error = _rounding_error(groups, tried, spec.grid)
+        # The error of the largest entry alone is a lower bound that costs nothing; most small ranges fall by it.
+        hopeful = (_rounding_error(ends, tried, spec.grid, largest=True) < best_error).any(1).nonzero().squeeze(1)
+        if len(hopeful) == 0:
+            continue
+        error = torch.full_like(best_error, torch.inf)
+        error[hopeful] = _rounding_error(groups[hopeful], tried.of_rows(hopeful), spec.grid)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         zero_point = None
@@ -108,6 +114,14 @@ def _qparams_of_range(
     return QParams(scale, zero_point)
 
 
+def interpolate_qparams(low: QParams, high: QParams, share: float, spec: QuantSpec) -> QParams:
+    """Return the scales and whole zero points at a share (0 to 1) of the way from `low` to `high`; both ends exact."""
+    scale = stored_scales(torch.lerp(low.scale, high.scale, share), spec)
+    if low.zero_point is None or high.zero_point is None:
+        return QParams(scale, None)
+    return QParams(scale, torch.lerp(low.zero_point, high.zero_point, share).round_())
+
+
 def stored_scales(scale: Float[Tensor, "rows groups"], spec: QuantSpec) -> Float[Tensor, "rows groups"]:
     """Round scales to the type they are stored in; a scale that the type cannot hold becomes its nearest normal number.
 
@@ -119,9 +133,11 @@ def stored_scales(scale: Float[Tensor, "rows groups"], spec: QuantSpec) -> Float
 
 
 def _rounding_error(
-    groups: Float[Tensor, "rows groups size"], qparams: QParams, grid: UniformGrid
+    groups: Float[Tensor, "rows groups size"], qparams: QParams, grid: UniformGrid, *, largest: bool = False
 ) -> Float[Tensor, "rows groups"]:
+    """Return |error|^2.4 of each group: its sum, or its largest term."""
     scale = qparams.scale.unsqueeze(-1)
     zero_point = None if qparams.zero_point is None else qparams.zero_point.unsqueeze(-1)
     rounded = grid.nearest_levels(groups, scale, zero_point).mul_(scale)
-    return rounded.sub_(groups).abs_().pow_(MSE_POWER).sum(-1)
+    errors = rounded.sub_(groups).abs_().pow_(MSE_POWER)
+    return errors.amax(-1) if largest else errors.sum(-1)

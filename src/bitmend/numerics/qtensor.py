@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
 from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup, group_of_column
@@ -54,6 +54,10 @@ class QParams:
         """Return the same parameters spread to columns: entry (r, j) is that of group `group[j]`."""
         zero_point = None if self.zero_point is None else self.zero_point[:, group]
         return QParams(self.scale[:, group], zero_point)
+
+    def of_rows(self, rows: Int64[Tensor, " picked"]) -> "QParams":
+        """Return the parameters of some rows."""
+        return QParams(self.scale[rows], None if self.zero_point is None else self.zero_point[rows])
 
 
 def stack_qparams(parts: Sequence[QParams]) -> QParams:

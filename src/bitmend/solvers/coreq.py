@@ -16,7 +16,6 @@ from typing import ClassVar, Literal
 import torch
 
 from bitmend.linalg.cholesky import Damping
-from bitmend.linalg.residual import target_shift
 from bitmend.linalg.strength import StrengthSolver
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
@@ -48,7 +47,7 @@ class CoreQ:
             weight, problem.spec, moments, form="shift", grid="shifted", damping=self.damping, order=self.order
         )
         W = weight.double()
-        explained = torch.sum(target_shift(weight, moments.C, solver.factor) * (W @ moments.C))
+        explained = torch.sum(solver.direction() * (W @ moments.C))
         residual = torch.sum((W @ moments.D) * W)
         strength = float((explained / residual).clamp(0, 1)) if float(residual) > 0 else 0.0
         diagnostics = {"damping": solver.factor.damping, "dead_columns": solver.factor.dead_columns}

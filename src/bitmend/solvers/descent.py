@@ -77,7 +77,7 @@ class Descent:
         if isinstance(spec.granularity, PerTensor):
             raise RecipeError("descent chooses scales row by row, so they must be per channel or per group")
         factor = moments.inverse_factor(self.damping, self.order)
-        shift = target_shift(problem.weight, moments.C, factor)
+        shift = target_shift(problem.weight, moments, factor)
         target = (problem.weight.double() + self.residual_strength * shift).to(problem.weight.dtype)
         H = factor.damped(moments.G)
         candidates = self._solve_candidates(target, factor, spec)

@@ -20,8 +20,12 @@ of its start. Gains, sign, start and bounds of the authors are not known to us; 
   the rows it was judged on (which makes its error there a little too good: it was chosen by it).
   `selection="last"` gives the paper's rule.
 
+Scales of a moved target are interpolated between those searched at strength 0 and at `max_strength`; the refit keeps those of
+the chosen point.
+
 Cost: one stacked sweep of three copies, one sweep a step (at most `max_steps`); for the refit a second factor and P (shared
-by the sites of a group) and one sweep; each measured solution costs an (out, in) x (in, in) product in float64.
+by the sites of a group) and one sweep; for the form `shift` one search for scales besides the one on the weight, which the
+proof needs anyway; each measured solution costs an (out, in) x (in, in) product.
 """
 
 import math
@@ -118,7 +122,7 @@ class Marr:
         events = self._events(problem)
         if not self.refit or problem.everything is None:
             return Solution(chosen.solution, diagnostics, events)
-        refitted = self._solver(problem, problem.everything)
+        refitted = self._refitter(problem, problem.everything, chosen.solution)
         diagnostics["damping"] = refitted.factor.damping
         return Solution(refitted.solve([chosen.strength])[0], diagnostics, events, proved=chosen.solution)
 
@@ -149,6 +153,20 @@ class Marr:
             damping=self.damping,
             order=self.order,
             qparams=problem.qparams,
+            top=self.max_strength,
+        )
+
+    def _refitter(self, problem: Problem, moments: Moments, chosen: QTensor) -> StrengthSolver:
+        """Return a solver for all rows that keeps the chosen solution's scales: they were made for nearly the same target."""
+        return StrengthSolver(
+            problem.weight,
+            problem.spec,
+            moments,
+            form=self.form,
+            grid="original",
+            damping=self.damping,
+            order=self.order,
+            qparams=lambda: chosen.qparams,
         )
 
 

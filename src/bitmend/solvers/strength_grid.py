@@ -63,7 +63,7 @@ class StrengthGrid:
         fit = problem.fit
         if fit is None:
             raise ValueError("strength_grid needs the moments G, C and D of its input")
-        solver = self._solver(problem, fit)
+        solver = self._solver(problem, fit, self.max_strength)
         judge = fit if self.feedback == "in_sample" or problem.held_out is None else problem.held_out
         meter = StrengthMeter(problem.weight, solver.direction(), judge)
         strengths = [self.max_strength * k / max(1, self.points - 1) for k in range(self.points)]
@@ -87,7 +87,7 @@ class StrengthGrid:
         final = self._solver(problem, problem.everything).solve([strengths[best]])[0]
         return Solution(final, diagnostics, events, proved=solutions[best])
 
-    def _solver(self, problem: Problem, moments: Moments) -> StrengthSolver:
+    def _solver(self, problem: Problem, moments: Moments, top: float | None = None) -> StrengthSolver:
         return StrengthSolver(
             problem.weight,
             problem.spec,
@@ -97,4 +97,5 @@ class StrengthGrid:
             damping=self.damping,
             order=self.order,
             qparams=problem.qparams,
+            top=top,
         )
