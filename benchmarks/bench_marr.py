@@ -102,7 +102,7 @@ def table(results, texts):
     by = {}
     for result in results:
         by.setdefault(result["method"], {})[result["draw"]] = result
-    header = ["method", "held-out error"]
+    header = ["method", "draws", "held-out error"]
     for text in texts:
         header += [f"KL {text}", "against gptq", "against gptaq 0.25", "perplexity"]
     header += ["mean strength", "passes", "solver s"]
@@ -111,7 +111,7 @@ def table(results, texts):
     for name in order:
         draws = by[name]
         errors = [r["held_out_error"] for r in draws.values() if r["held_out_error"] is not None]
-        row = [name, f"{statistics.fmean(errors):.5f}" if errors else "-"]
+        row = [name, str(len(draws)), f"{statistics.fmean(errors):.5f}" if errors else "-"]
         for text in texts:
             row.append(f"{statistics.fmean(r[f'kl {text}'] for r in draws.values()):.5f}")
             for base in ("gptq", "gptaq 0.25"):
@@ -120,14 +120,17 @@ def table(results, texts):
                     row.append("-")
                 else:
                     mean, half = interval(pairs)
-                    row.append(f"{mean:+.1%} ± {half:.1%}")
+                    row.append(f"{mean:+.1%}" + (f" ± {half:.1%}" if len(pairs) > 1 else ""))
             row.append(f"{statistics.fmean(r[f'ppl {text}'] for r in draws.values()):.3f}")
         strengths = [s for r in draws.values() for s in r["strengths"] if s is not None]
         row.append(f"{statistics.fmean(strengths):.2f}" if strengths else "-")
         row.append(f"{statistics.fmean(r['passes'] for r in draws.values()):.0f}")
         row.append(f"{statistics.fmean(r['solver_seconds'] for r in draws.values()):.1f}")
         out.append("| " + " | ".join(row) + " |")
-    return "\n".join(out) + f"\n\n{len(next(iter(by.values())))} draws; ± is the half width of the 95 % interval.\n"
+    return (
+        "\n".join(out)
+        + "\n\nEach difference is over the draws that both have; ± is the half width of its 95 % interval.\n"
+    )
 
 
 def main():

@@ -4,11 +4,13 @@
     python benchmarks/study_marr.py gains --model books-7m --bits 3 --group-size -1 --output out/gains-w3
     python benchmarks/study_marr.py swap  --model books-7m --bits 3 --group-size -1 --output out/swap-w3
     python benchmarks/study_marr.py aim   --model books-7m --bits 2 --group-size 64 --output out/aim-w2
+    python benchmarks/study_marr.py forms --model books-7m --bits 2 --group-size 64 --output out/forms-w2
 
 `loops`: how the loops ended, overshoot, plant gain, strengths by kind and depth of layer. `gains`: the same matrices (their
 moments are kept from one run) solved again under other gains. `swap`: the same strengths shuffled among the matrices, or all
 set to their mean, against those found; KL. `aim`: on ten matrices, held-out error and KL of the whole model as functions of
-the strength of that matrix alone. KL is on books-validation. All write OUTPUT/result.json and print Markdown.
+the strength of that matrix alone. `forms`: the same matrices solved by each form at several strengths: held-out error beside how
+far the weights move, and how many codes lie at an end of the grid. KL is on books-validation. All write OUTPUT/result.json and print Markdown.
 """
 
 import argparse
@@ -273,6 +275,44 @@ def aim(study):
         )
 
 
+def forms(study):
+    """Solve the matrices of one run by every form at several strengths."""
+    study.quantise("study_capture", form=study.options.form)
+    problems = [problem for problem in PROBLEMS.values() if bool(problem.fit.C.any())]
+    sets = {f"gptaq, columns {order}": ("gptaq", "auto", order) for order in ("diagonal", "natural")}
+    sets |= {f"shift, scales of {grid}": ("shift", grid, "diagonal") for grid in ("original", "shifted")}
+    print(
+        "| form | strength | held-out error | moved weights | weights on the first half | on the last | codes at an end |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    strengths = (0.0, 0.25, 0.5, 0.75, 1.0)
+    for name, (form, grid, order) in sets.items():
+        seen = {strength: [] for strength in strengths}
+        for problem in problems:
+            keys = {"form": form, "grid": grid, "damping": 0.01, "order": order, "qparams": problem.qparams}
+            solver = StrengthSolver(problem.weight, problem.spec, problem.fit, **keys)
+            meter = StrengthMeter(problem.weight, solver.direction(), problem.held_out)
+            for strength, qtensor in zip(strengths, solver.solve(strengths), strict=True):
+                seen[strength].append(describe(problem, meter, qtensor, solver.factor.order))
+        for strength, rows in seen.items():
+            means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+            study.result[f"{name}, {strength}"] = means
+            print(f"| {name} | {strength} | " + " | ".join(f"{mean:.4f}" for mean in means) + " |", flush=True)
+
+
+def describe(problem, meter, qtensor, order):
+    """Return held-out error, relative squared change of the weights (all, early and late columns), share of codes at an end."""
+    Q, W = qtensor.dequantize(torch.float64), problem.weight.double()
+    moved, size = ((Q - W) ** 2).sum(0)[order], (W**2).sum(0)[order]
+    half = len(order) // 2
+    grid = problem.spec.grid
+    ends = ((qtensor.codes == grid.min_code) | (qtensor.codes == grid.max_code)).double().mean()
+    shares = [
+        float(m.sum() / s.sum()) for m, s in ((moved, size), (moved[:half], size[:half]), (moved[half:], size[half:]))
+    ]
+    return [meter.measure(Q).error, *shares, float(ends)]
+
+
 class replaced:  # noqa: N801 - reads as a verb where it is used
     """While active, a layer computes with another weight."""
 
@@ -302,7 +342,7 @@ def site_names(study):
 def main():
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=("loops", "gains", "swap", "aim"))
+    parser.add_argument("part", choices=("loops", "gains", "swap", "aim", "forms"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="books-7m")
     parser.add_argument("--bits", type=int, required=True)
@@ -314,7 +354,7 @@ def main():
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     study = Study(options)
-    {"loops": loops, "gains": gains, "swap": swap, "aim": aim}[options.part](study)
+    {"loops": loops, "gains": gains, "swap": swap, "aim": aim, "forms": forms}[options.part](study)
     study.finish()
 
 
