@@ -9,8 +9,9 @@
 `loops`: how the loops ended, overshoot, plant gain, strengths by kind and depth of layer. `gains`: the same matrices (their
 moments are kept from one run) solved again under other gains. `swap`: the same strengths shuffled among the matrices, or all
 set to their mean, against those found; KL. `aim`: on ten matrices, held-out error and KL of the whole model as functions of
-the strength of that matrix alone. `forms`: the same matrices solved by each form at several strengths: held-out error beside how
-far the weights move, and how many codes lie at an end of the grid. KL is on books-validation. All write OUTPUT/result.json and print Markdown.
+the strength of that matrix alone. `forms`: the same matrices solved by each form at several strengths: held-out error beside
+how far the weights move, and how many codes lie at an end of the grid. KL is on books-validation. All write
+OUTPUT/result.json and print Markdown.
 """
 
 import argparse
@@ -48,7 +49,8 @@ class Capture:
     form: str = "shift"
 
     def solve(self, problem: Problem) -> Solution:
-        PROBLEMS[problem.site.name] = problem
+        # A float32 model's weight is the parameter itself, which the engine overwrites.
+        PROBLEMS[problem.site.name] = replace(problem, weight=problem.weight.clone(), _known=[])
         return Marr(form=self.form).solve(problem)
 
 
@@ -301,7 +303,7 @@ def forms(study):
 
 
 def describe(problem, meter, qtensor, order):
-    """Return held-out error, relative squared change of the weights (all, early and late columns), share of codes at an end."""
+    """Return held-out error, relative squared change of weights (all, early, late columns), share of codes at an end."""
     Q, W = qtensor.dequantize(torch.float64), problem.weight.double()
     moved, size = ((Q - W) ** 2).sum(0)[order], (W**2).sum(0)[order]
     half = len(order) // 2
