@@ -27,14 +27,14 @@ def table_of(capsys):
     """Return the rows of the first table by name, and all lines."""
     lines = capsys.readouterr().out.splitlines()
     header = lines[1].split("\t")
-    rows = [dict(zip(header, line.split("\t"), strict=True)) for line in lines[2:5]]
+    rows = [dict(zip(header, line.split("\t"), strict=True)) for line in lines[2:6]]
     return {row["recipe"]: row for row in rows}, lines
 
 
 def test_the_demo_shows_one_table_and_a_text(small_assets, tmp_path, capsys):
     demo.run_demo(tmp_path / "out", bits=3, progress=SilentProgress())
     rows, lines = table_of(capsys)
-    assert list(rows) == ["full precision", "rtn", "gptq"]
+    assert list(rows) == ["full precision", "rtn", "gptq", "descent"]
     account = ledger(tmp_path / "out" / "books-7m-gptq-w3")
     assert rows["gptq"]["bits: layers"] == f"{account.bits_per_weight:.3f}" == "3.125"
     assert rows["gptq"]["bits: model"] == f"{account.bits_per_weight_model:.3f}"
@@ -42,8 +42,8 @@ def test_the_demo_shows_one_table_and_a_text(small_assets, tmp_path, capsys):
     assert float(rows["full precision"]["KL (nats)"]) == 0
     assert float(rows["rtn"]["KL (nats)"]) > 0
     assert lines[0].startswith("books-7m at 3 bits, on 2 windows")
-    assert lines[5] == "gptq at 3 bits continues a text"
-    assert len(lines) >= 7
+    assert lines[6] == "descent at 3 bits continues a text"
+    assert len(lines) >= 8
 
 
 @pytest.mark.slow
@@ -66,6 +66,7 @@ def test_gptq_repairs_the_embedded_model(tmp_path, monkeypatch, capsys):
     demo.run_demo(tmp_path / "out", bits=3, progress=SilentProgress())
     rows, _ = table_of(capsys)
     kl = {name: float(row["KL (nats)"]) for name, row in rows.items()}
+    assert 0 < kl["descent"] < 0.85 * kl["gptq"]
     assert 0 < kl["gptq"] < 0.7 * kl["rtn"]
     assert float(rows["gptq"]["perplexity"]) < float(rows["rtn"]["perplexity"])
     assert float(rows["gptq"]["top-1 agreement"]) > float(rows["rtn"]["top-1 agreement"])

@@ -10,13 +10,13 @@ from bitmend.pipeline.run import choose_device, quantize
 from bitmend.protocols import Progress
 from bitmend.report.terminal import number, print_table
 
-RECIPES = ("rtn", "gptq")
+RECIPES = ("rtn", "gptq", "descent")
 SEQUENCES, SEQUENCE_LENGTH, WINDOWS = 64, 512, 40
 PROMPT = "It was a dark evening, and the old man"
 
 
 def run_demo(output: Path, *, bits: int, progress: Progress) -> None:
-    """Quantise books-7m with round-to-nearest and with GPTQ, load both back, measure both, and print one table.
+    """Quantise books-7m by round-to-nearest, GPTQ and descent, load each back, measure all, and print one table.
 
     Calibration text and evaluation text are by different authors; the model was trained on neither of the latter.
     """
