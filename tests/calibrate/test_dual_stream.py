@@ -313,46 +313,107 @@ def whole_block(streams):
     return found
 
 
-def test_kept_attention_changes_no_bit_and_is_computed_once(folder, monkeypatch):
-    kept = whole_block(opened(folder("llama"), BATCHES["ragged"]))
+class TwoAttentions(torch.nn.Module):
+    """A block that attends twice, and writes to the results as if they were its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            heads = layer(x).unsqueeze(1)
+            x = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).mul_(2).squeeze(1)
+        return x
+
+
+def counted(monkeypatch):
+    """Return a list that gets an entry for each attention that is computed, and none for those that are kept."""
     computed = []
     original = dual_stream._KeptAttention.result
 
-    def always_compute(self, position, call, group_index, compute):
-        computed.append(position)
-        return compute()
-
-    monkeypatch.setattr(dual_stream._KeptAttention, "result", always_compute)
-    anew = whole_block(opened(folder("llama"), BATCHES["ragged"]))
-    assert len(kept) == len(anew) == 4 * 6 + 3
-    assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
-    # o, up and gate, down, and the output: four runs of three batches reach attention.
-    assert len(computed) == 4 * 3
-    computed.clear()
-
-    def count(self, position, call, group_index, compute):
-        return original(self, position, call, group_index, lambda: computed.append(position) or compute())
+    def count(self, position, call, arguments, compute):
+        return original(self, position, call, arguments, lambda: computed.append((position, call)) or compute())
 
     monkeypatch.setattr(dual_stream._KeptAttention, "result", count)
-    whole_block(opened(folder("llama"), BATCHES["ragged"]))
-    assert computed == [0, 1, 2]
+    return computed
 
 
-@pytest.mark.parametrize("what", ["earlier group", "norm"])
-def test_kept_attention_is_computed_anew_when_something_before_it_changes(folder, what):
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_kept_attention_changes_no_bit_and_is_computed_once(folder, monkeypatch, tmp_path, on_disk):
+    with monkeypatch.context() as patch:
+        patch.setattr(dual_stream._KeptAttention, "result", lambda self, p, c, a, compute: compute())
+        anew = whole_block(opened(folder("llama"), BATCHES["ragged"]))
+    computed = counted(monkeypatch)
+    kept = whole_block(opened(folder("llama"), BATCHES["ragged"], tmp_path if on_disk else None))
+    assert len(kept) == len(anew) == 4 * 6 + 3
+    assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
+    # o, up and gate, down, and the output: four runs of three batches reach attention, the first computes it.
+    assert computed == [(0, 0), (1, 0), (2, 0)]
+
+
+CHANGES = {
+    "earlier group": lambda run, streams: [
+        site.store_(run.block.module, coarse(site.weight(run.block.module))) for site in run.block.groups[0].sites
+    ],
+    "norm": lambda run, streams: run.block.module.input_layernorm.weight.data.mul_(1.5),
+    "behind torch's back": lambda run, streams: run.block.module.self_attn.q_proj.weight.detach().numpy().__imul__(2),
+    "another parameter": lambda run, streams: setattr(
+        run.block.module.self_attn.q_proj,
+        "weight",
+        torch.nn.Parameter(2 * run.block.module.self_attn.q_proj.weight.detach()),
+    ),
+    "input": lambda run, streams: streams.x_q.replace_(0, 2 * streams.x_q[0] + 1),
+    "scaling": lambda run, streams: setattr(run.block.module.self_attn, "scaling", 0.01),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_kept_attention_is_computed_anew_when_anything_before_it_changes(folder, what):
     def moments(warm):
         streams = opened(folder("llama"), BATCHES["full"])
         run = run_block(streams, 0, [])
         if warm:
             run.moments(1, ALL)  # keeps attention as it is in full precision
-        if what == "norm":
-            with torch.no_grad():
-                run.block.module.input_layernorm.weight.mul_(1.5)
-        else:
-            for site in run.block.groups[0].sites:
-                site.store_(run.block.module, coarse(site.weight(run.block.module)))
-        return run.moments(1, ALL)
+        CHANGES[what](run, streams)
+        found = run.moments(1, ALL)
+        # The new result is kept in place of the old one.
+        return [getattr(one, name) for one in (*found, *run.moments(1, ALL)) for name in "GCD"]
 
-    for one, other in zip(moments(True), moments(False), strict=True):
-        assert torch.equal(one.G, other.G)
-        assert one.C.any()
+    with_kept, without = moments(True), moments(False)
+    assert with_kept[1].any()
+    assert all(torch.equal(one, other) for one, other in zip(with_kept, without, strict=True))
+
+
+def test_several_attentions_are_told_apart_and_may_be_written_to(folder, monkeypatch):
+    streams = opened(folder("llama"), BATCHES["full"])
+    torch.manual_seed(0)
+    module, x = TwoAttentions(), torch.randn(2, 5, 8)
+    kept = dual_stream._KeptAttention(streams)
+    computed = counted(monkeypatch)
+    with torch.no_grad():
+        expected = module(x)
+        for _ in range(3):
+            with kept.of_batch(0):
+                assert torch.equal(module(x), expected)
+    assert computed == [(0, 0), (0, 1)]
+    kept.close()
+    with torch.no_grad(), kept.of_batch(0):
+        assert torch.equal(module(x), expected)  # after closing it starts again
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64])
+def test_a_fingerprint_sees_values_places_shapes_and_types(dtype):
+    values = torch.tensor([[0, 1, 1], [0, 0, 1]]).to(dtype)
+    swapped = values.flip(1)
+    others = [
+        swapped,
+        values.T.contiguous(),
+        values.flatten(),
+        values.logical_not().to(dtype),
+        values.to(torch.float16),
+    ]
+    prints = [dual_stream._fingerprint(one) for one in (values, *others)]
+    assert len(set(prints)) == len(prints)
+    assert dual_stream._fingerprint(values.T.contiguous().T) == prints[0]
+    assert dual_stream._fingerprint(0.5) != dual_stream._fingerprint(0.25)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitmend.linalg import coordinate_descent as module
 from bitmend.linalg.coordinate_descent import descend_codes, refit_scales, row_objectives, select_rows
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor
 from bitmend.numerics.observers import choose_qparams
@@ -143,11 +144,40 @@ def test_a_row_whose_best_scale_is_not_positive_is_left_alone():
     assert not torch.equal(found.qparams.scale[1], start.qparams.scale[1])
 
 
-def test_memory_of_the_refit_is_bounded_and_changes_nothing(monkeypatch):
-    target, H, start = make(8, rows=9, group=4)
-    whole = refit_scales(start, target, H)
-    monkeypatch.setattr("bitmend.linalg.coordinate_descent.CHUNK_ENTRIES", 3 * 12 * 2)
-    torch.testing.assert_close(refit_scales(start, target, H).qparams.scale, whole.qparams.scale)
+def hard_case(rows=128, columns=64, group=16, bits=4):
+    """A few directions of the input have nearly all the energy, and scales are stored coarsely."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, columns, generator=generator, dtype=torch.float64)
+    x += (
+        300
+        * torch.randn(400, 1, generator=generator, dtype=torch.float64)
+        * torch.randn(1, columns, generator=generator, dtype=torch.float64)
+    )
+    H = x.T @ x / 400
+    H += 0.01 * H.diagonal().mean() * 1e-4 * torch.eye(columns, dtype=torch.float64)
+    target = torch.randn(rows, columns, generator=generator)
+    spec = QuantSpec(UniformGrid(bits, symmetric=True), PerGroup(group), scale_dtype=torch.bfloat16)
+    return target, H, quantize(target, choose_qparams(target, spec), spec)
+
+
+def test_the_guard_keeps_rows_that_coarse_scales_would_make_worse(monkeypatch):
+    target, H, start = hard_case()
+    monkeypatch.setattr(module, "stored_scales", lambda scale, spec: 2 ** scale.log2().round())  # very coarse
+    guarded = refit_scales(start, target, H)
+    before, after = row_objectives(start, target, H), row_objectives(guarded, target, H)
+    assert (after <= before).all()
+    monkeypatch.setattr(module, "_better_rows", lambda old, new, target, H: new)
+    unguarded = row_objectives(refit_scales(start, target, H), target, H)
+    assert (unguarded > before).any()  # else this test shows nothing
+
+
+def test_rounding_scales_one_by_one_beats_rounding_them_all_at_once():
+    target, H, start = hard_case()
+    joint = replace(start.spec, scale_dtype=torch.float32)
+    exact = refit_scales(replace(start, spec=joint), target, H)
+    rounded = exact.qparams.scale.bfloat16().float()
+    at_once = replace(start, qparams=replace(start.qparams, scale=rounded))
+    assert total(refit_scales(start, target, H), target, H) < 0.9 * total(at_once, target, H)
 
 
 def test_each_row_takes_its_best_candidate():

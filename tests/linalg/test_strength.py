@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from bitmend.errors import RecipeError
 from bitmend.linalg.column_sweep import column_sweep
 from bitmend.linalg.moments import MomentSums
 from bitmend.linalg.strength import StrengthMeter, StrengthSolver
-from bitmend.numerics.granularity import PerChannel, PerTensor
+from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 
@@ -131,15 +133,55 @@ def test_cross_moments_are_needed():
         StrengthMeter(WEIGHT, WEIGHT.double(), plain.means())
 
 
-def test_scales_between_two_strengths_are_interpolated_and_exact_at_both_ends():
-    fitted = moments(0)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("top", [0.7, 1.0])
+def test_scales_between_two_strengths_are_interpolated_and_exact_at_both_ends(symmetric, top):
+    fitted, spec = moments(0), replace(COARSE, grid=UniformGrid(COARSE.grid.bits, symmetric))
     keys = {"form": "shift", "damping": 0.01, "order": "diagonal"}
-    between = StrengthSolver(WEIGHT, COARSE, fitted, top=1.0, **keys)
-    searched = StrengthSolver(WEIGHT, COARSE, fitted, **keys)
-    low, middle, high = between.solve([0.0, 0.5, 1.0])
-    for end, strength in ((low, 0.0), (high, 1.0)):
+    between = StrengthSolver(WEIGHT, spec, fitted, top=top, **keys)
+    searched = StrengthSolver(WEIGHT, spec, fitted, **keys)
+    low, middle, high = between.solve([0.0, top / 2, top])
+    for end, strength in ((low, 0.0), (high, top)):
         expected = searched.solve([strength])[0]
         assert torch.equal(end.qparams.scale, expected.qparams.scale)
         assert torch.equal(end.codes, expected.codes)
     torch.testing.assert_close(middle.qparams.scale, (low.qparams.scale + high.qparams.scale) / 2)
     assert not torch.equal(low.qparams.scale, high.qparams.scale)
+    if not symmetric:
+        assert torch.equal(middle.qparams.zero_point, middle.qparams.zero_point.round())
+    with pytest.raises(ValueError, match="a share from 0 to 1 is required"):
+        between.solve([1.1 * top])
+
+
+def test_where_the_weight_is_zero_scales_grow_from_zero():
+    weight = WEIGHT.clone()
+    width = weight.shape[1] // 2
+    weight[0, :width] = 0
+    spec = replace(COARSE, granularity=PerGroup(width))
+    solver = StrengthSolver(weight, spec, moments(0), form="shift", damping=0.01, order="diagonal", top=1.0)
+    start, middle, end = solver.solve([0.0, 0.5, 1.0])
+    assert start.qparams.scale[0, 0] == 1  # stands for nothing
+    assert middle.qparams.scale[0, 0] == pytest.approx(end.qparams.scale[0, 0] / 2)
+    assert end.qparams.scale[0, 0] < 0.5
+
+
+def test_a_refit_keeps_the_scales_and_uses_the_other_moments():
+    fit, everything = moments(0), moments(2)
+    first = StrengthSolver(WEIGHT, COARSE, fit, form="shift", damping=0.02, order="natural", top=1.0)
+    chosen = first.solve([0.5])[0]
+    final, factor = first.refit(everything, 0.5, chosen.qparams)
+    assert torch.equal(final.qparams.scale, chosen.qparams.scale)
+    assert not torch.equal(final.codes, chosen.codes)
+    assert factor.damping == 0.02
+    same, _ = first.refit(fit, 0.5, chosen.qparams)
+    assert torch.equal(same.codes, chosen.codes)
+
+
+def test_a_tiny_error_is_measured_in_float64():
+    judged = moments(1)
+    same = replace(judged, C=torch.zeros_like(judged.C), D=torch.zeros_like(judged.D), _known={})
+    meter = StrengthMeter(WEIGHT, solver(COARSE, "shift").direction(), same)
+    nearly = WEIGHT.double() * (1 + 1e-7)
+    E = nearly - WEIGHT.double()
+    energy = torch.sum((WEIGHT.double() @ judged.G) * WEIGHT.double())
+    assert meter.measure(nearly).error == pytest.approx(float(torch.sum((E @ judged.G) * E) / energy), rel=1e-6)

@@ -59,3 +59,10 @@ def test_layers_within_reach_use_it(monkeypatch):
     with torch.no_grad():
         assert layer(torch.randn(4, 8)).shape == (4, 3)
     assert calls == [3]
+
+
+def test_unusual_arguments_are_left_to_torch():
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    assert torch.equal(linear(x, weight[0]), torch.nn.functional.linear(x, weight[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16

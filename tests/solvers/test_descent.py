@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from bitmend.errors import RecipeError
-from bitmend.numerics.granularity import PerTensor
+from bitmend.numerics.granularity import PerGroup, PerTensor
+from bitmend.solvers import descent
 from bitmend.solvers.descent import Descent
 from bitmend.solvers.gptq import Gptq
 from bitmend.solvers.qep import Qep
@@ -47,6 +48,8 @@ def test_each_stage_lowers_the_error_that_the_diagnostics_tell(make_layer, bits,
     assert len(stages) == 5
     assert stages[0] == 1.0
     assert all(later <= earlier for earlier, later in itertools.pairwise(stages))
+    assert stages[1] < 1  # some row prefers another factor
+    assert stages[2] < stages[1]
     assert stages[-1] < 0.98
     plain = Descent(**PLAIN).solve(problem).qtensor
     told = damped_error(problem, solution.qtensor, 1.0) / damped_error(problem, plain, 1.0)
@@ -85,3 +88,50 @@ def test_what_it_refuses(make_layer):
         Descent(scale_factors=())
     with pytest.raises(ValueError, match="descent needs the moments G and C of its input"):
         Descent().solve(replace(problem, fit=None))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_those_that_are_stored(make_layer, scale_dtype):
+    problem = make_layer(group_size=4).problem
+    problem = replace(problem, spec=replace(problem.spec, scale_dtype=scale_dtype))
+    for keys in ({}, {"rounds": 0, "sweeps": 0}):
+        scale = Descent(**keys).solve(problem).qtensor.qparams.scale
+        assert torch.equal(scale.to(scale_dtype).float(), scale)
+
+
+def test_the_last_sweep_uses_the_last_scales(make_layer):
+    stages = [Descent(rounds=1).solve(make_layer(bits=2, seed=s).problem).diagnostics["objective"] for s in range(5)]
+    assert any(one[-1] < one[-2] for one in stages)
+
+
+def test_rows_are_solved_some_at_a_time(make_layer, monkeypatch):
+    problem = make_layer(out=12, width=16).problem
+    whole = Descent().solve(problem).qtensor
+    sizes = []
+    original = descent.round_columns
+
+    def seen(stacked, *arguments):
+        sizes.append(len(stacked))
+        return original(stacked, *arguments)
+
+    monkeypatch.setattr(descent, "round_columns", seen)
+    monkeypatch.setattr(descent, "STACKED_ENTRIES", 7 * 16 * 5)
+    pieces = Descent().solve(problem).qtensor
+    assert sizes == [35, 35, 14]
+    assert torch.equal(pieces.codes, whole.codes)
+    assert torch.equal(pieces.qparams.scale, whole.qparams.scale)
+
+
+def test_zero_rows_dead_inputs_and_a_shorter_last_group(make_layer):
+    layer = make_layer(out=6, width=18, observer="mse")
+    spec = replace(layer.problem.spec, granularity=PerGroup(4, ragged=True))
+    weight = layer.problem.weight.clone()
+    weight[2] = 0
+    G, C, D = (m.clone() for m in (layer.problem.fit.G, layer.problem.fit.C, layer.problem.fit.D))
+    for m in (G, C, D):
+        m[5], m[:, 5] = 0, 0
+    problem = replace(layer.problem, weight=weight, spec=spec, fit=replace(layer.problem.fit, G=G, C=C, D=D, _known={}))
+    qtensor = Descent().solve(problem).qtensor
+    assert qtensor.qparams.scale.shape == (6, 5)
+    assert qtensor.dequantize().isfinite().all()
+    assert not qtensor.dequantize()[2].any()

@@ -181,3 +181,10 @@ def test_the_last_point_can_be_asked_for(make_layer):
 def test_without_moments_it_cannot_work(make_layer):
     with pytest.raises(ValueError, match="marr needs the moments"):
         Marr().solve(replace(make_layer().problem, fit=None))
+
+
+def test_the_refit_keeps_the_scales_of_the_chosen_point(make_layer):
+    problem = make_layer(bits=3, observer="mse").problem
+    solution = Marr().solve(replace(problem, everything=merge(problem.fit, problem.held_out)))
+    assert torch.equal(solution.qtensor.qparams.scale, solution.proved.qparams.scale)
+    assert not torch.equal(solution.qtensor.codes, solution.proved.codes)

@@ -3,9 +3,8 @@
 `x_fp` is the input of the current block in the full-precision network, `x_q` the same rows in the quantised network. Only
 one block's activations exist at a time, in memory or on disk. What a block's inner layers read is not stored for the
 quantised stream: the block is run again for each group of sites, up to that group, and the moments are summed batch by
-batch. Only attention is not computed again: its result is kept, since nothing that it depends on changes after the first
-run that reaches it. For the full-precision stream the inputs are stored, because the full-precision weights are gone once a
-group is solved.
+batch. Only attention is not computed again: its result is kept for as long as its arguments are the same. For the
+full-precision stream the inputs are stored, because the full-precision weights are gone once a group is solved.
 
 Both streams run the same kernels on the same batch shapes, so that without any rounding they stay equal bit for bit.
 """
@@ -13,7 +12,6 @@ Both streams run the same kernels on the same batch shapes, so that without any 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,9 @@ from bitmend.linalg.moments import Moments, MomentSums
 from bitmend.protocols import BlockInputs, ModelAdapter, Need, TokenBatch
 from bitmend.sites import Block, SiteGroup
 
-_Versions = tuple[tuple[int, int], ...]
+_Fingerprint = tuple[object, ...]
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+PRIME = 30011
 
 
 class _InputSeen(Exception):  # noqa: N818 - not an error: it stops a forward pass once the wanted input is there
@@ -166,7 +166,7 @@ class BlockRun:
         """
         self.streams = streams
         self.block = block
-        self._attention = _KeptAttention(streams, block)
+        self._attention = _KeptAttention(streams)
         self.fp_inputs = [streams.new_store() if keep_inputs else None for _ in block.groups]
         hooks = [
             block.module.get_submodule(group.sites[0].path).register_forward_pre_hook(_appender(store))
@@ -181,9 +181,7 @@ class BlockRun:
 
     def run_quantised(self) -> ActivationStore:
         """Return the output of the block as it now stands in the quantised network."""
-        everything = len(self.block.groups)
-        kept = partial(self._attention.of_batch, group_index=everything)
-        return self.streams.run(self.block.index, self.streams.x_q, kept)
+        return self.streams.run(self.block.index, self.streams.x_q, self._attention.of_batch)
 
     def close(self) -> None:
         """Free the stored inputs."""
@@ -227,7 +225,7 @@ class BlockRun:
         hook = layer.register_forward_pre_hook(_stopper)
         try:
             hidden = self.streams.x_q[position].to(self.streams.device)
-            with self._attention.of_batch(position, self.block.groups.index(group)):
+            with self._attention.of_batch(position):
                 self.streams.adapter.run_block(self.block.index, hidden, batch.inputs)
         except _InputSeen as seen:
             return seen.inputs
@@ -239,74 +237,75 @@ class BlockRun:
 class _KeptAttention:
     """Results of a block's attention in the quantised network, each computed by the first run that reaches it.
 
-    A run for group k stops there, so what it computed depends on no weight of group k or later. As long as no other weight
-    of the block has changed, every later run would compute the same bits again. That is checked, not assumed: a change
-    upstream makes the next run compute and keep the result anew.
+    Runs for one group of layers after the other repeat everything before that group, and attention is the dearest part of
+    it. A result is given again only for the same arguments, told by two sums over the bits of each tensor.
+
+    Cost: one stream of activations, in memory or on disk as the others are, and a pass over queries, keys and values.
     """
 
-    def __init__(self, streams: DualStream, block: Block) -> None:
+    def __init__(self, streams: DualStream) -> None:
         self._streams = streams
-        self._block = block
-        # One entry for each attention call of the block: a result a batch, and the weights that it was computed with.
+        # One entry for each attention call of the block: a result a batch, and what it was computed from.
         self._results: list[ActivationStore] = []
-        self._made_with: list[dict[int, tuple[int, _Versions]]] = []
+        self._computed_from: list[dict[int, _Fingerprint]] = []
 
     @contextmanager
-    def of_batch(self, position: int, group_index: int) -> Iterator[None]:
-        """Answer the attention calls of one run, which reads no weight of `group_index` and later groups."""
-        with _AttentionCalls(self, position, group_index):
+    def of_batch(self, position: int) -> Iterator[None]:
+        """Answer the attention calls of one run of one batch."""
+        with _AttentionCalls(self, position):
             yield
 
-    def result(self, position: int, call: int, group_index: int, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the result of attention call number `call` on one batch."""
+    def result(self, position: int, call: int, arguments: "_Fingerprint", compute: Callable[[], Tensor]) -> Tensor:
+        """Return the result of attention call number `call` on one batch; the caller may write to it."""
         if call == len(self._results):
             self._results.append(self._streams.new_store())
-            self._made_with.append({})
-        results, made_with = self._results[call], self._made_with[call]
-        if position in made_with:
-            reached, versions = made_with[position]
-            if versions == self._versions_before(reached):
-                return results[position].to(self._streams.device)
+            self._computed_from.append({})
+        results, computed_from = self._results[call], self._computed_from[call]
+        if computed_from.get(position) == arguments:
+            return results[position].to(self._streams.device, copy=True)
         computed = compute()
+        if position > len(results):  # batches come in order; one that comes early is simply not kept
+            return computed
         if position < len(results):
             results.replace_(position, computed)
-        elif position == len(results):
+        else:
             results.append(computed)
-        else:  # batches come in order; one that comes early is simply not kept
-            return computed
-        made_with[position] = (group_index, self._versions_before(group_index))
+        computed_from[position] = arguments
         return computed
-
-    def _versions_before(self, group_index: int) -> "_Versions":
-        """Return what changes when a weight does that is read before group `group_index`."""
-        later = {site.path for group in self._block.groups[group_index:] for site in group.sites}
-        return tuple(
-            (id(parameter), parameter._version)
-            for name, parameter in self._block.module.named_parameters()
-            if name.rpartition(".")[0] not in later
-        )
 
     def close(self) -> None:
         """Free the results."""
         for store in self._results:
             store.close()
+        self._results.clear()
+        self._computed_from.clear()
 
 
 class _AttentionCalls(TorchFunctionMode):
     """Counts the attention calls of one run and answers them from what is kept."""
 
-    def __init__(self, kept: _KeptAttention, position: int, group_index: int) -> None:
+    def __init__(self, kept: _KeptAttention, position: int) -> None:
         super().__init__()
-        self.kept, self.position, self.group_index, self.calls = kept, position, group_index, 0
+        self.kept, self.position, self.calls = kept, position, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def compute() -> Any:
-            return func(*args, **(kwargs or {}))
-
+        options = kwargs or {}
         if func is not nn.functional.scaled_dot_product_attention:
-            return compute()
+            return func(*args, **options)
         call, self.calls = self.calls, self.calls + 1
-        return self.kept.result(self.position, call, self.group_index, compute)
+        arguments = tuple(map(_fingerprint, (*args, *sorted(options), *(options[name] for name in sorted(options)))))
+        return self.kept.result(self.position, call, arguments, lambda: func(*args, **options))
+
+
+def _fingerprint(argument: object) -> "_Fingerprint":
+    """Return shape, type and two sums over the bits of a tensor, the second weighted by place; other values as they are."""
+    if not isinstance(argument, Tensor):
+        return (repr(argument),)
+    words = argument.contiguous().view(WORDS[argument.element_size()]).flatten()
+    # Sums wrap around, which loses nothing; the weights repeat after a prime number of places.
+    places = torch.arange(len(words), dtype=torch.int32, device=words.device).remainder_(PRIME)
+    plain, weighted = words.sum(dtype=torch.int64), (words * places).sum(dtype=torch.int64)
+    return (tuple(argument.shape), str(argument.dtype), int(plain), int(weighted))
 
 
 def _appender(store: ActivationStore) -> Callable[[nn.Module, tuple[Any, ...]], None]:

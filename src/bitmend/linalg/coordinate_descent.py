@@ -28,7 +28,7 @@ from bitmend.numerics.observers import stored_scales
 from bitmend.numerics.qtensor import QParams, QTensor
 
 BLOCK_COLUMNS = 32
-CHUNK_ENTRIES = 2**23  # of the work arrays of the scale refit: 64 MiB in float64
+RIDGE = 1e-9  # of the system for the scales, relative to its diagonal: levels of two groups may be collinear
 
 
 def row_objectives(
@@ -78,25 +78,59 @@ def descend_codes(qtensor: QTensor, target: Float[Tensor, "out in"], H: Float[Te
 
 
 def refit_scales(qtensor: QTensor, target: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> QTensor:
-    """Give each row the scales that are best for its codes, rounded to the type they are stored in.
+    """Give each row the scales that are best for its codes, in the type they are stored in.
 
-    A row keeps its scales where the best ones would not all be positive, or rounding them costs more than they win. A group
-    whose levels are all zero keeps its scale.
+    Stored scales are rounded one group after the other, the later ones making up for it, as GPTQ does with weights. A row
+    keeps its scales where the best ones would not all be positive, or rounding them costs more than they win. A group whose
+    levels are all zero keeps its scale.
 
-    Cost: 2 out in^2 operations and out groups^3 / 3, in float64; memory bounded by working on some rows at a time.
+    Cost: 2 out in^2 operations and out groups^3, in float64; 3 out in + 3 out groups^2 float64 of memory.
     """
     _check_rows(qtensor)
-    rows, columns = qtensor.codes.shape
-    groups = qtensor.qparams.scale.shape[1]
-    step = max(1, CHUNK_ENTRIES // (groups * columns))
-    pieces = [
-        _refit_rows(qtensor, target, H.double(), start, min(start + step, rows)) for start in range(0, rows, step)
-    ]
-    scales = torch.cat(pieces)
+    A, b = _scale_system(qtensor, target.double(), H.double())
+    old = qtensor.qparams.scale.double()
+    energy = A.diagonal(dim1=1, dim2=2)
+    empty = energy <= 0
+    A = A + torch.diag_embed(torch.where(empty, 1.0, RIDGE * energy))
+    scales = _round_scales(A, torch.where(empty, old, b), qtensor)
     usable = (scales > 0).all(1, keepdim=True) & scales.isfinite().all(1, keepdim=True)
-    scales = torch.where(usable, scales, qtensor.qparams.scale.double())
-    refitted = replace(qtensor, qparams=replace(qtensor.qparams, scale=stored_scales(scales.float(), qtensor.spec)))
+    scales = torch.where(usable, scales, old).float()
+    refitted = replace(qtensor, qparams=replace(qtensor.qparams, scale=scales))
     return _better_rows(qtensor, refitted, target, H)
+
+
+def _scale_system(
+    qtensor: QTensor, target: Float[Tensor, "out in"], H: Float[Tensor, "in in"]
+) -> tuple[Float[Tensor, "out groups groups"], Float[Tensor, "out groups"]]:
+    """Return Z H Z^T and t H Z^T of each row, a group of columns at a time: Z is zero outside its groups."""
+    # Levels are what a matrix of unit scales stands for.
+    unit = replace(qtensor, qparams=replace(qtensor.qparams, scale=torch.ones_like(qtensor.qparams.scale)))
+    levels = unit.dequantize(torch.float64)
+    group = group_of_column(qtensor.spec.granularity, levels.shape[1]).to(levels.device)
+    rows, groups = qtensor.qparams.scale.shape
+    A = levels.new_zeros(rows, groups, groups)
+    b = levels.new_zeros(rows, groups)
+    for k in range(groups):
+        columns = group == k
+        ZH = levels[:, columns] @ H[columns]
+        A[:, k].index_add_(1, group, ZH * levels)
+        b[:, k] = (ZH * target).sum(1)
+    return A, b
+
+
+def _round_scales(
+    A: Float[Tensor, "out groups groups"], b: Float[Tensor, "out groups"], qtensor: QTensor
+) -> Float[Tensor, "out groups"]:
+    """Return scales that can be stored and nearly solve theta A = b; NaN in rows whose A is not positive definite."""
+    inverse, failed = torch.linalg.inv_ex(A)
+    U, indefinite = torch.linalg.cholesky_ex((inverse + inverse.transpose(1, 2)) / 2, upper=True)
+    scales = (inverse @ b.unsqueeze(2)).squeeze(2)
+    for k in range(scales.shape[1]):
+        stored = stored_scales(scales[:, k : k + 1].float(), qtensor.spec).double()
+        error = (scales[:, k : k + 1] - stored) / U[:, k, k : k + 1]
+        scales[:, k + 1 :] -= error * U[:, k, k + 1 :]
+        scales[:, k : k + 1] = torch.where(scales[:, k : k + 1] > 0, stored, torch.nan)
+    return torch.where(((failed != 0) | (indefinite != 0)).unsqueeze(1), torch.nan, scales)
 
 
 def select_rows(candidates: list[QTensor], target: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> QTensor:
@@ -107,28 +141,6 @@ def select_rows(candidates: list[QTensor], target: Float[Tensor, "out in"], H: F
     for index, candidate in enumerate(candidates[1:], 1):
         result = _merge_rows(result, candidate, chosen == index)
     return result
-
-
-def _refit_rows(
-    qtensor: QTensor, target: Float[Tensor, "out in"], H: Float[Tensor, "in in"], start: int, stop: int
-) -> Float[Tensor, "rows groups"]:
-    part = qtensor.rows(start, stop)
-    group = group_of_column(part.spec.granularity, part.codes.shape[1]).to(part.codes.device)
-    groups = part.qparams.scale.shape[1]
-    # Levels are what a matrix of unit scales stands for.
-    unit = replace(part, qparams=replace(part.qparams, scale=torch.ones_like(part.qparams.scale)))
-    levels = unit.dequantize(torch.float64)
-    Z = torch.zeros(len(levels), groups, levels.shape[1], dtype=torch.float64, device=levels.device)
-    Z.scatter_(1, group.expand(len(levels), 1, -1), levels.unsqueeze(1))
-    ZH = Z @ H
-    A = ZH @ Z.transpose(1, 2)
-    b = (ZH @ target[start:stop].double().unsqueeze(2)).squeeze(2)
-    energy = A.diagonal(dim1=1, dim2=2)
-    empty = energy <= 0
-    A = A + torch.diag_embed(torch.where(empty, 1.0, 1e-9 * energy))
-    b = torch.where(empty, part.qparams.scale.double(), b)
-    solution, failed = torch.linalg.solve_ex(A, b)
-    return torch.where((failed != 0).unsqueeze(1), torch.nan, solution)
 
 
 def _better_rows(old: QTensor, new: QTensor, target: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> QTensor:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitmend.errors import RecipeError
@@ -32,13 +32,14 @@ from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.residual import causal_rows, target_shift
 from bitmend.numerics.granularity import PerTensor
-from bitmend.numerics.observers import choose_qparams, interpolate_qparams
+from bitmend.numerics.observers import choose_qparams, empty_groups, interpolate_qparams
 from bitmend.numerics.products import linear
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams
 
 Form = Literal["gptaq", "shift", "rescomp", "rescomp_first"]
 GridSource = Literal["auto", "original", "shifted"]
 RESCOMP_SECOND = 0.25
+BLURRED = 1e-4  # relative J below which products are taken in float64
 
 
 class StrengthSolver:
@@ -95,6 +96,8 @@ class StrengthSolver:
         self._grid_of_weight = search() if on_original or top else None
         self._top = None if on_original else top
         self._grid_at_top = None if not self._top else choose_qparams(self._targets([self._top]), spec)
+        if self._grid_of_weight is not None and self._grid_at_top is not None:
+            self._grid_of_weight = _start_at_zero(self._grid_of_weight, self._grid_at_top, empty_groups(weight, spec))
 
     def solve(self, strengths: Sequence[float]) -> list[QTensor]:
         """Return one solution for each strength, from one sweep."""
@@ -123,6 +126,21 @@ class StrengthSolver:
         if high is None or top is None:
             return stack_qparams([low] * len(strengths))
         return stack_qparams([interpolate_qparams(low, high, a / top, self.spec) for a in strengths])
+
+    def refit(self, moments: Moments, strength: float, qparams: QParams) -> tuple[QTensor, InverseFactor]:
+        """Return the solution on other moments at given scales (made for nearly the same target), and the factor used."""
+        damping, order = self._key
+        other = StrengthSolver(
+            self.weight,
+            self.spec,
+            moments,
+            form=self.form,
+            grid="original",
+            damping=damping,
+            order=order,
+            qparams=lambda: qparams,
+        )
+        return other.solve([strength])[0], other.factor
 
     def direction(self) -> Float[Tensor, "out in"]:
         """Return B, how the unrounded solution moves per unit of strength, at strength 0; float64.
@@ -154,6 +172,14 @@ class StrengthSolver:
 
     def _causal_rows(self) -> Float[Tensor, "in in"]:
         return self.moments.remember(("causal_rows", *self._key), lambda: causal_rows(self._cross, self.factor))
+
+
+def _start_at_zero(low: QParams, high: QParams, empty: Bool[Tensor, "out groups"]) -> QParams:
+    """Return `low` with scale 0 in groups that hold zeros only: there the moved target is the move alone, from 0 on."""
+    zero_point = low.zero_point
+    if zero_point is not None and high.zero_point is not None:
+        zero_point = torch.where(empty, high.zero_point, zero_point)
+    return QParams(torch.where(empty, 0.0, low.scale), zero_point)
 
 
 @dataclass(frozen=True)
@@ -205,9 +231,15 @@ class StrengthMeter:
         return self.gain / float(self._energy)
 
     def measure(self, solution: Float[Tensor, "out in"]) -> Measured:
-        """Return J and e of a solution, given in float64. Cost: one (out, in) x (in, in) product in float32."""
+        """Return J and e of a solution, given in float64.
+
+        Cost: one (out, in) x (in, in) product in float32; again in float64 where J is so small that float32 would blur it.
+        """
         E = solution - self._weight
-        EG = _product(E, self._G)
+        measured = self._measure(E, _product(E, self._G))
+        return measured if measured.error > BLURRED else self._measure(E, E @ self._G)
+
+    def _measure(self, E: Float[Tensor, "out in"], EG: Float[Tensor, "out in"]) -> Measured:
         error = torch.sum(EG * E) - 2 * torch.sum(E * self._target) + self._constant
         projection = float("nan")
         if not self.no_residual:
@@ -216,5 +248,9 @@ class StrengthMeter:
 
 
 def _product(left: Float[Tensor, "out in"], right: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
-    """Return `left right^T`, taken in float32 and meant to be summed in float64: J then is exact to about 1e-6 of itself."""
+    """Return `left right^T`, taken in float32, to be summed in float64.
+
+    J then is exact to about 1e-6 of itself, unless a few directions of the input have nearly all the energy: with
+    activations 1,000 times the others, spread over many channels, to 2e-4.
+    """
     return linear(left.float(), right.float()).double()

@@ -14,10 +14,10 @@ weights, which round-to-nearest error under-counts.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bitmend.numerics.granularity import PerGroup, PerTensor, num_groups
+from bitmend.numerics.granularity import PerGroup, PerTensor, group_of_column, num_groups
 from bitmend.numerics.qtensor import QParams, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 
@@ -71,8 +71,10 @@ def _search_rows(groups: Float[Tensor, "rows groups size"], spec: QuantSpec) -> 
     ends = torch.stack([groups.amin(-1), groups.amax(-1)], -1)
     for shrink in _shrinks(spec.grid.bits):
         tried = _qparams_of_range(low * shrink, high * shrink, spec)
-        # The error of the largest entry alone is a lower bound that costs nothing; most small ranges fall by it.
-        hopeful = (_rounding_error(ends, tried, spec.grid, largest=True) < best_error).any(1).nonzero().squeeze(1)
+        # The error of the largest entry alone is a lower bound that costs nothing; most small ranges fall by it. The slack
+        # is for powers taken of many numbers at once, which may differ from those of two in the last bit.
+        bound = _rounding_error(ends, tried, spec.grid, largest=True) * (1 - 1e-6)
+        hopeful = (bound < best_error).any(1).nonzero().squeeze(1)
         if len(hopeful) == 0:
             continue
         error = torch.full_like(best_error, torch.inf)
@@ -116,10 +118,19 @@ def _qparams_of_range(
 
 def interpolate_qparams(low: QParams, high: QParams, share: float, spec: QuantSpec) -> QParams:
     """Return the scales and whole zero points at a share (0 to 1) of the way from `low` to `high`; both ends exact."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share from 0 to 1 is required, but {share} came")
     scale = stored_scales(torch.lerp(low.scale, high.scale, share), spec)
     if low.zero_point is None or high.zero_point is None:
         return QParams(scale, None)
     return QParams(scale, torch.lerp(low.zero_point, high.zero_point, share).round_())
+
+
+def empty_groups(weight: Float[Tensor, "rows columns"], spec: QuantSpec) -> Bool[Tensor, "rows groups"]:
+    """Return which groups hold zeros only: their scale stands for nothing."""
+    group = group_of_column(spec.granularity, weight.shape[1]).to(weight.device)
+    largest = weight.new_zeros(len(weight), num_groups(spec.granularity, weight.shape[1]))
+    return largest.scatter_reduce_(1, group.expand(len(weight), -1), weight.abs(), "amax") == 0
 
 
 def stored_scales(scale: Float[Tensor, "rows groups"], spec: QuantSpec) -> Float[Tensor, "rows groups"]:

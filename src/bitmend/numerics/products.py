@@ -18,10 +18,12 @@ _ONEDNN_LINEAR: Any = (
 
 
 def linear(
-    inputs: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
-) -> Float[Tensor, "*batch out"]:
+    inputs: Float[Tensor, "*batch in"], weight: Float[Tensor, "... in"], bias: Float[Tensor, "..."] | None = None
+) -> Float[Tensor, "..."]:
     """Return `inputs weight^T + bias`; as `torch.nn.functional.linear`, without gradients where it is faster."""
-    if _ONEDNN_LINEAR is None or not _plain_float32(inputs) or not _plain_float32(weight) or inputs.numel() == 0:
+    plain = _plain_float32(inputs) and _plain_float32(weight) and (bias is None or _plain_float32(bias))
+    usual = weight.ndim == 2 and inputs.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
+    if _ONEDNN_LINEAR is None or not plain or not usual or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(inputs, weight, bias)
     result: Tensor = _ONEDNN_LINEAR(inputs, weight, bias, "none", [], "")
     return result

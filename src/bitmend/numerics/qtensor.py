@@ -55,7 +55,7 @@ class QParams:
         zero_point = None if self.zero_point is None else self.zero_point[:, group]
         return QParams(self.scale[:, group], zero_point)
 
-    def of_rows(self, rows: Int64[Tensor, " picked"]) -> "QParams":
+    def of_rows(self, rows: Int64[Tensor, " picked"] | slice) -> "QParams":
         """Return the parameters of some rows."""
         return QParams(self.scale[rows], None if self.zero_point is None else self.zero_point[rows])
 
@@ -89,9 +89,13 @@ class QTensor:
     def rows(self, start: int, stop: int) -> "QTensor":
         """Return the quantised rows `start:stop`; exact, because rows never share a scale (except per tensor)."""
         per_row = self.qparams.scale.shape[0] != 1
-        part = slice(start, stop) if per_row else slice(None)
-        zero_point = None if self.qparams.zero_point is None else self.qparams.zero_point[part]
-        return replace(self, codes=self.codes[start:stop], qparams=QParams(self.qparams.scale[part], zero_point))
+        qparams = self.qparams.of_rows(slice(start, stop)) if per_row else self.qparams
+        return replace(self, codes=self.codes[start:stop], qparams=qparams)
+
+
+def stack_rows(parts: Sequence[QTensor]) -> QTensor:
+    """Return matrices of one spec (at least one; scales of their own rows), one below the other."""
+    return QTensor(torch.cat([part.codes for part in parts]), stack_qparams([p.qparams for p in parts]), parts[0].spec)
 
 
 def quantize(weight: Float[Tensor, "out in"], qparams: QParams, spec: QuantSpec) -> QTensor:

@@ -15,7 +15,8 @@ the size of GPTQ's.
 Sources: target shift arXiv:2504.09629, arXiv:2602.05902; coordinate descent arXiv:2309.01885; scales refitted between passes
 arXiv:2505.07004. Choosing the scale of a row by the solved error, and their combination, are ours.
 
-Cost: one sweep over as many stacked copies as there are factors; (rounds + 1) * sweeps sweeps of descent; `rounds` refits.
+Cost: one sweep over as many stacked copies as there are factors, some rows at a time, so that memory stays bounded;
+(rounds + 1) * sweeps sweeps of descent; `rounds` refits.
 """
 
 from dataclasses import dataclass
@@ -32,9 +33,10 @@ from bitmend.linalg.coordinate_descent import descend_codes, refit_scales, row_o
 from bitmend.linalg.residual import target_shift
 from bitmend.numerics.granularity import PerTensor
 from bitmend.numerics.observers import choose_qparams, stored_scales
-from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams
+from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams, stack_rows
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
+STACKED_ENTRIES = 2**24  # of the stacked target; the sweep holds about six times as many numbers
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -45,7 +47,7 @@ class Descent:
 
     Attributes:
         residual_strength: share of the move, 0 to 1; 0 repairs nothing of what earlier layers lost.
-        scale_factors: multiples of the observer's scales that each row may choose from.
+        scale_factors: multiples of the observer's scales that each row may choose from; the first of equally good ones.
         sweeps: of coordinate descent, at most, each time.
         rounds: of codes and scales in turn; 0 and 0 sweeps leave what the stacked sweep gives.
         damping: added to the diagonal of G, as a fraction of its mean; dimensionless, > 0.
@@ -65,7 +67,7 @@ class Descent:
             raise RecipeError("descent needs at least one scale factor, but solver.scale_factors is empty; set [1.0]")
 
     def solve(self, problem: Problem) -> Solution:
-        """Return the rounded matrix; diagnostics hold f after each stage, relative to that of plain GPTQ on T.
+        """Return the rounded matrix; diagnostics hold f after each stage, relative to GPTQ's on T with the first factor.
 
         Raises:
             FactorizationError: the moments stay indefinite after the damping ladder.
@@ -80,8 +82,7 @@ class Descent:
         shift = target_shift(problem.weight, moments, factor)
         target = (problem.weight.double() + self.residual_strength * shift).to(problem.weight.dtype)
         H = factor.damped(moments.G)
-        candidates = self._solve_candidates(target, factor, spec)
-        stages = [candidates[0], select_rows(candidates, target, H)]
+        stages = list(self._start(target, factor, spec, H))
         for _ in range(self.rounds):
             stages.append(refit_scales(descend_codes(stages[-1], target, H, self.sweeps), target, H))
         stages.append(descend_codes(stages[-1], target, H, self.sweeps))
@@ -94,11 +95,28 @@ class Descent:
         }
         return Solution(stages[-1], diagnostics)
 
+    def _start(
+        self,
+        target: Float[Tensor, "out in"],
+        factor: InverseFactor,
+        spec: QuantSpec,
+        H: Float[Tensor, "in in"],
+    ) -> tuple[QTensor, QTensor]:
+        """Return GPTQ's answer for the first scale factor, and that where each row has its best factor."""
+        base = choose_qparams(target, spec)
+        rows = max(1, STACKED_ENTRIES // (target.shape[1] * len(self.scale_factors)))
+        plain, chosen = [], []
+        for start in range(0, len(target), rows):
+            part = target[start : start + rows]
+            candidates = self._solve_candidates(part, factor, spec, base.of_rows(slice(start, start + rows)))
+            plain.append(candidates[0])
+            chosen.append(select_rows(candidates, part, H))
+        return stack_rows(plain), stack_rows(chosen)
+
     def _solve_candidates(
-        self, target: Float[Tensor, "out in"], factor: InverseFactor, spec: QuantSpec
+        self, target: Float[Tensor, "out in"], factor: InverseFactor, spec: QuantSpec, base: QParams
     ) -> list[QTensor]:
         """Return GPTQ's answer for each scale factor, from one stacked sweep."""
-        base = choose_qparams(target, spec)
         scaled = [QParams(stored_scales(base.scale * times, spec), base.zero_point) for times in self.scale_factors]
         stacked = target.repeat(len(scaled), 1)
         solved = round_columns(stacked, factor, stack_qparams(scaled), spec)

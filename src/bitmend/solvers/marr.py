@@ -122,9 +122,9 @@ class Marr:
         events = self._events(problem)
         if not self.refit or problem.everything is None:
             return Solution(chosen.solution, diagnostics, events)
-        refitted = self._refitter(problem, problem.everything, chosen.solution)
-        diagnostics["damping"] = refitted.factor.damping
-        return Solution(refitted.solve([chosen.strength])[0], diagnostics, events, proved=chosen.solution)
+        final, factor = folds[0].solver.refit(problem.everything, chosen.strength, chosen.solution.qparams)
+        diagnostics["damping"] = factor.damping
+        return Solution(final, diagnostics, events, proved=chosen.solution)
 
     def _events(self, problem: Problem) -> tuple[Event, ...]:
         if problem.held_out is not None or self.feedback == "in_sample":
@@ -154,19 +154,6 @@ class Marr:
             order=self.order,
             qparams=problem.qparams,
             top=self.max_strength,
-        )
-
-    def _refitter(self, problem: Problem, moments: Moments, chosen: QTensor) -> StrengthSolver:
-        """Return a solver for all rows that keeps the chosen solution's scales: they were made for nearly the same target."""
-        return StrengthSolver(
-            problem.weight,
-            problem.spec,
-            moments,
-            form=self.form,
-            grid="original",
-            damping=self.damping,
-            order=self.order,
-            qparams=lambda: chosen.qparams,
         )
 
 

@@ -63,7 +63,7 @@ class StrengthGrid:
         fit = problem.fit
         if fit is None:
             raise ValueError("strength_grid needs the moments G, C and D of its input")
-        solver = self._solver(problem, fit, self.max_strength)
+        solver = self._solver(problem, fit)
         judge = fit if self.feedback == "in_sample" or problem.held_out is None else problem.held_out
         meter = StrengthMeter(problem.weight, solver.direction(), judge)
         strengths = [self.max_strength * k / max(1, self.points - 1) for k in range(self.points)]
@@ -84,10 +84,10 @@ class StrengthGrid:
             )
         if not self.refit or problem.everything is None:
             return Solution(solutions[best], diagnostics, events)
-        final = self._solver(problem, problem.everything).solve([strengths[best]])[0]
+        final, _ = solver.refit(problem.everything, strengths[best], solutions[best].qparams)
         return Solution(final, diagnostics, events, proved=solutions[best])
 
-    def _solver(self, problem: Problem, moments: Moments, top: float | None = None) -> StrengthSolver:
+    def _solver(self, problem: Problem, moments: Moments) -> StrengthSolver:
         return StrengthSolver(
             problem.weight,
             problem.spec,
@@ -97,5 +97,5 @@ class StrengthGrid:
             damping=self.damping,
             order=self.order,
             qparams=problem.qparams,
-            top=top,
+            top=self.max_strength,
         )
