@@ -252,14 +252,15 @@ def export(
     output: Annotated[Path, typer.Option(help="The folder to be.", show_default=False)],
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a bitmend checkpoint in another tool's format, read it back with that tool, compare the logits."""
+    """Write a bitmend checkpoint in another tool's format, read it back and compare before it counts as done."""
     from bitmend.models.loading import resolve_model
     from bitmend.protocols import FORMATS
 
-    events = FORMATS[format_name](overwrite=overwrite).export(resolve_model(model), output)
+    target = FORMATS[format_name](overwrite=overwrite)
+    events = target.export(resolve_model(model), output)
     for event in events:
         typer.echo(f"{event.where}: {event.message}", err=True)
-    typer.echo(f"wrote {output}; read back with its own reader, logits agree")
+    typer.echo(f"wrote {output}; {target.proof}")
 
 
 @app.command(name="list")
