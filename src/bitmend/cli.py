@@ -248,7 +248,7 @@ def generate(
 @app.command()
 def export(
     model: ModelArgument,
-    format_name: Annotated[str, typer.Option("--format", help="compressed-tensors.", show_default=False)],
+    format_name: Annotated[str, typer.Option("--format", help="compressed-tensors or gptq.", show_default=False)],
     output: Annotated[Path, typer.Option(help="The folder to be.", show_default=False)],
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -404,7 +404,7 @@ def _show_ledger(model: str, account: Any) -> None:
     from bitmend.report.terminal import print_table
 
     header, rows = ledger_rows(account)
-    print_table(model, header, rows)
+    print_table(f"{model} ({account.format})", header, rows)
     header, rows = scheme_rows(account)
     if rows:
         print_table("schemes", header, rows)
