@@ -140,7 +140,12 @@ def _events(checkpoint: NativeSource) -> Iterator[Event]:
     yield from _scale_events(checkpoint)
     schemes = _schemes(checkpoint)
     if not all(symmetric for _, _, symmetric in schemes.values()):
-        yield Event("reader_limit", "zero points", "vLLM's Marlin kernels read symmetric GPTQ files only")
+        yield Event(
+            "reader_limit",
+            "zero points",
+            "GPTQModel 7.6 loads asymmetric files of GPTQ version 1 only of its own making, vLLM's Marlin kernels none; "
+            "quantise with weights.symmetric = true for them",
+        )
     odd = sorted({size for _, size, _ in schemes.values()} - {-1, *_READABLE_GROUP_SIZES})
     if odd:
         readable = ", ".join(map(str, _READABLE_GROUP_SIZES))
