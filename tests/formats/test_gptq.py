@@ -65,7 +65,6 @@ def test_what_is_read_is_what_was_written(
     spec = helpers.spec(bits, symmetric, size, scale_dtype=scale_dtype)
     shape = (1 if size == 0 else out, groups if size > 0 else 1)
     scale = (torch.rand(shape, generator=generator) + 0.01).half().to(scale_dtype).float()
-    scale = scale.half().float() if scale_dtype == torch.float32 else scale
     zero_point = None if symmetric else torch.randint(low + 1, high, shape, generator=generator).float()
     codes = torch.randint(low, high, (out, width), generator=generator).to(torch.int8)
     qtensor = QTensor(codes, QParams(scale, zero_point), spec)
@@ -215,7 +214,7 @@ def test_conv1d(quantised, tmp_path):
 
 def test_a_shorter_last_group(quantised, helpers, tmp_path):
     made = quantised(in_blocks(helpers.spec(4, True, 20, ragged=True)))
-    refused(made, tmp_path, "has 32 input channels in groups of 20; .* use|a shorter last group")
+    refused(made, tmp_path, "has 32 input channels in groups of 20; readers of GPTQ do not expect a shorter last group")
 
 
 def native_with_scales(quantised, helpers, factor):

@@ -67,6 +67,8 @@ class QuantizedFolder:
     def dense(self, name: str) -> Float[Tensor, "out in"]:
         """Return the dense weight of one quantised layer: computed in float32, rounded once to `dtype`.
 
+        Always (out, in), also where the model's own layer is a `Conv1D` of GPT-2, which stores (in, out).
+
         Raises:
             KeyError: no quantised layer has this name.
             CheckpointError: values that are no scales, or groups that do not exist.
