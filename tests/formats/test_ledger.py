@@ -178,3 +178,20 @@ def test_gptq_and_awq_of_other_makers(tmp_path, config, shapes, name):
 def test_the_format_is_named(quantised, saved):
     assert ledger(quantised().output).format == "bitmend"
     assert ledger(saved("gpt2")).format == "unquantised"
+
+
+def test_broken_descriptions_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {
+        "m.weight_packed": torch.zeros(2, 1, dtype=torch.int32),
+        "m.weight_zero_point": torch.zeros(1, 1, dtype=torch.int32),
+        "m.weight_shape": torch.tensor([2, 8]),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    groups = {"a": {"targets": ["Linear"], "weights": {"num_bits": 4}}}
+    described = {"quant_method": "compressed-tensors", "config_groups": groups}
+    for config, message in ((described, "m has zero points but no scales"), (["gptq"], "must be a table; got")):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        with pytest.raises(CheckpointError, match=message):
+            ledger(tmp_path)

@@ -159,7 +159,10 @@ def ledger(folder: Path) -> Ledger:
 
 def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: Path) -> Ledger:
     """Return the ledger of files in `folder` whose headers and config have been read already; see `ledger`."""
-    quantised = _quantised_modules(headers, config.get("quantization_config") or {}, folder)
+    described = config.get("quantization_config") or {}
+    if not isinstance(described, dict):
+        raise CheckpointError(f"quantization_config of {folder} must be a table; got {described!r:.80}")
+    quantised = _quantised_modules(headers, described, folder)
     records = {name: record for header in headers.values() for name, record in header.tensors.items()}
     accounts = {name: _Account(weights=codes.weights) for name, codes in quantised.items()}
     for name, record in records.items():
@@ -177,7 +180,7 @@ def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: 
             account.extra += record.numel
             account.book(_category(name, record), bits)
     account_of_all = _closed(accounts, quantised, headers)
-    return replace(account_of_all, format=_format_name(config.get("quantization_config") or {}))
+    return replace(account_of_all, format=_format_name(described))
 
 
 def _used_bits(category: str, module: str, codes: _Codes, records: Mapping[str, TensorRecord], stored: int) -> int:
@@ -185,7 +188,9 @@ def _used_bits(category: str, module: str, codes: _Codes, records: Mapping[str, 
     if category == "codes":
         return codes.weights * codes.bits
     if category == "zero_points":  # as many as there are scales
-        scale = records.get(f"{module}.{SCALE}") or records[f"{module}.{read_gptq.SCALES}"]
+        scale = records.get(f"{module}.{SCALE}") or records.get(f"{module}.{read_gptq.SCALES}")
+        if scale is None:
+            raise CheckpointError(f"{module} has zero points but no scales; download the file again")
         return scale.numel * codes.bits
     return stored
 
