@@ -250,6 +250,23 @@ def test_export_with_and_without_overwrite(bitmend, refused, tiny, tmp_path, mon
     assert bitmend(*arguments, "--overwrite").code == 0
 
 
+def test_export_to_gptq_and_inspect_it(bitmend, refused, tiny, tmp_path):
+    source = tiny.save(tmp_path / "source", tiny.build(dtype=torch.bfloat16))
+    assert bitmend("quantize", source, "--recipe", "rtn", "--group-size", "8", "--output", "native").code == 0
+    arguments = ["export", "native", "--format", "gptq", "--output", "exported"]
+    outcome = bitmend(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.strip() == "wrote exported; read back from the disk, weights agree bit for bit"
+    assert "group size: GPTQModel 7.6 reads groups of" in outcome.err
+    assert json.loads(Path("exported/quantize_config.json").read_text())["checkpoint_format"] == "gptq"
+    assert "exported exists" in refused(*arguments)
+    assert bitmend(*arguments, "--overwrite").code == 0
+    outcome = bitmend("inspect", "exported")
+    assert outcome.code == 0
+    assert "exported (gptq)" in outcome.out
+    assert "4 bits\t14\t" in outcome.out
+
+
 def test_help_names_every_command(bitmend):
     outcome = bitmend("--help")
     assert (outcome.code, outcome.err) == (0, "")

@@ -248,18 +248,19 @@ def generate(
 @app.command()
 def export(
     model: ModelArgument,
-    format_name: Annotated[str, typer.Option("--format", help="compressed-tensors.", show_default=False)],
+    format_name: Annotated[str, typer.Option("--format", help="compressed-tensors or gptq.", show_default=False)],
     output: Annotated[Path, typer.Option(help="The folder to be.", show_default=False)],
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a bitmend checkpoint in another tool's format, read it back with that tool, compare the logits."""
+    """Write a bitmend checkpoint in another tool's format, read it back and compare before it counts as done."""
     from bitmend.models.loading import resolve_model
     from bitmend.protocols import FORMATS
 
-    events = FORMATS[format_name](overwrite=overwrite).export(resolve_model(model), output)
+    target = FORMATS[format_name](overwrite=overwrite)
+    events = target.export(resolve_model(model), output)
     for event in events:
         typer.echo(f"{event.where}: {event.message}", err=True)
-    typer.echo(f"wrote {output}; read back with its own reader, logits agree")
+    typer.echo(f"wrote {output}; {target.proof}")
 
 
 @app.command(name="list")
@@ -403,7 +404,7 @@ def _show_ledger(model: str, account: Any) -> None:
     from bitmend.report.terminal import print_table
 
     header, rows = ledger_rows(account)
-    print_table(model, header, rows)
+    print_table(f"{model} ({account.format})", header, rows)
     header, rows = scheme_rows(account)
     if rows:
         print_table("schemes", header, rows)

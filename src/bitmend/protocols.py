@@ -293,7 +293,13 @@ class ModelAdapter(Protocol):
 
 @runtime_checkable
 class CheckpointFormat(Protocol):
-    """A file that other tools, or bitmend itself, can read."""
+    """A file that other tools, or bitmend itself, can read.
+
+    Attributes:
+        proof: what an export has shown when `export` returns, as the end of a sentence.
+    """
+
+    proof: ClassVar[str]
 
     def export(self, source: Path, output: Path) -> tuple[Event, ...]:
         """Write the native checkpoint `source` in this format to the new folder `output`."""

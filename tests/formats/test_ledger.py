@@ -136,3 +136,62 @@ def test_compressed_tensors_of_other_makers(quantised, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"no group of .* targets the quantised module model"):
         ledger(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "name"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 3, "group_size": 32, "checkpoint_format": "gptq_v2"},
+            {"qweight": (6, 32), "qzeros": (2, 3), "scales": (2, 32), "g_idx": (64,)},
+            "gptq_v2",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 32},
+            {"qweight": (64, 4), "qzeros": (2, 4), "scales": (2, 32)},
+            "awq",
+        ),
+    ],
+)
+def test_gptq_and_awq_of_other_makers(tmp_path, config, shapes, name):
+    """A layer of 32 x 64 in two groups, and an embedding beside it."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"m.proj.{leaf}": torch.zeros(shape, dtype=torch.float16 if leaf == "scales" else torch.int32)
+        for leaf, shape in shapes.items()
+    }
+    save_file(tensors | {"m.embed.weight": torch.zeros(10, 64)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    account = ledger(tmp_path)
+    bits = config["bits"]
+    assert account.format == account.to_json()["format"] == name
+    assert row(account, "m.proj").code_bits == bits
+    assert row(account, "m.proj").bits == {
+        "codes": bits * 32 * 64, "zero_points": bits * 2 * 32, "scales": 16 * 2 * 32,
+        **({"indices": 32 * 64} if name == "gptq_v2" else {}),
+    }  # fmt: skip
+    assert (account.quantised_weights, account.parameters) == (32 * 64, 32 * 64 + 10 * 64)
+    assert sum(account.bits.values()) == 8 * account.file_bytes
+
+
+def test_the_format_is_named(quantised, saved):
+    assert ledger(quantised().output).format == "bitmend"
+    assert ledger(saved("gpt2")).format == "unquantised"
+
+
+def test_broken_descriptions_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {
+        "m.weight_packed": torch.zeros(2, 1, dtype=torch.int32),
+        "m.weight_zero_point": torch.zeros(1, 1, dtype=torch.int32),
+        "m.weight_shape": torch.tensor([2, 8]),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    groups = {"a": {"targets": ["Linear"], "weights": {"num_bits": 4}}}
+    described = {"quant_method": "compressed-tensors", "config_groups": groups}
+    for config, message in ((described, "m has zero points but no scales"), (["gptq"], "must be a table; got")):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        with pytest.raises(CheckpointError, match=message):
+            ledger(tmp_path)

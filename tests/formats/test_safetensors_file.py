@@ -11,7 +11,9 @@ from bitmend.errors import CheckpointError
 from bitmend.formats.safetensors_file import (
     DTYPES,
     StoredTensors,
+    TensorRecord,
     copy_chunks,
+    expect_record,
     header_text,
     parse_json,
     read_header,
@@ -154,3 +156,19 @@ def test_json_tables():
     assert parse_json('{"a": 1}', "it") == {"a": 1}
     with pytest.raises(CheckpointError, match="it is not valid JSON"):
         parse_json("", "it")
+
+
+def test_a_tensor_that_must_be_there():
+    records = {"a": TensorRecord(torch.int32, (2, 3), 0, 24), "empty": TensorRecord(torch.int32, (0, 3), 0, 0)}
+    assert expect_record(records, "a", (torch.int64, torch.int32), (None, 3)) is records["a"]
+    assert expect_record(records, "empty", (torch.int32,), (0, 3)) is records["empty"]
+    with pytest.raises(CheckpointError, match="the checkpoint lacks the tensor b; download it again"):
+        expect_record(records, "b", (torch.int32,), (2, 3))
+    sentence = r"a must be int64 or float16 of shape \(any, 3\); got int32 of shape \(2, 3\)"
+    with pytest.raises(CheckpointError, match=sentence):
+        expect_record(records, "a", (torch.int64, torch.float16), (None, 3))
+    for shape in ((2, 4), (2,), (2, 3, 1)):
+        with pytest.raises(CheckpointError, match="a must be int32 of shape"):
+            expect_record(records, "a", (torch.int32,), shape)
+    with pytest.raises(CheckpointError, match="empty must be int32 of shape"):
+        expect_record(records, "empty", (torch.int32,), (None, 3))

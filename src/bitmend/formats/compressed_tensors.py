@@ -13,21 +13,18 @@ Source: the format as compressed-tensors 0.20 reads it (github.com/vllm-project/
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitmend.errors import RequestError
-from bitmend.formats.integrity import check_files, read_config, weight_files
-from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
-from bitmend.formats.native import read_packed
+from bitmend.formats.manifest import ManifestEntry
+from bitmend.formats.native_source import NativeSource, fusion_events, in_parts, open_native
 from bitmend.formats.reopen import compare_logits
-from bitmend.formats.safetensors_file import StoredTensors
 from bitmend.formats.writer import CheckpointWriter
 from bitmend.numerics.granularity import PerGroup, PerTensor
 from bitmend.numerics.qtensor import QuantSpec
@@ -36,10 +33,6 @@ from bitmend.protocols import FORMATS, Event
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS, PackedWeight
 
 FORMAT = "pack-quantized"
-
-# vLLM computes these projections as one matrix, which has one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_PART_BYTES = 256 << 20
 
 
 @FORMATS.register("compressed-tensors")
@@ -51,6 +44,7 @@ class CompressedTensors:
         overwrite: replace an existing output.
     """
 
+    proof: ClassVar[str] = "read back with its own reader, logits agree"
     overwrite: bool = False
 
     def export(self, source: Path, output: Path) -> tuple[Event, ...]:
@@ -77,81 +71,21 @@ class CompressedTensors:
                 "an export to compressed-tensors is reopened with that package, which is not installed; "
                 "run: pip install 'bitmend[export]'"
             )
-        checkpoint = _open(Path(source))
+        checkpoint = open_native(Path(source), "compressed-tensors")
         for name, entry in checkpoint.exported.items():
             _check_holds(name, entry, checkpoint)
         events = tuple(_events(checkpoint))
         # Rounding an embedding to the model's dtype is no error of the export, so the comparison must run in it.
         dtype = checkpoint.dtype if checkpoint.dequantised else None
         with CheckpointWriter(checkpoint.folder, output, self.overwrite) as writer:
-            for number, tensors in enumerate(_parts(checkpoint)):
+            for number, tensors in enumerate(in_parts(_pieces(checkpoint))):
                 writer.add(str(number), tensors)
             config = _quantization_config(checkpoint)
             writer.finish(config, {}, check=lambda folder: compare_logits(checkpoint.folder, folder, dtype))
         return events
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """The source, opened.
-
-    Attributes:
-        folder: where it lies.
-        dtype: of the model.
-        tensors: all that the files hold.
-        exported: modules that stay quantised.
-        dequantised: embedding and head, when they are quantised.
-        unquantised: linear layers that are not exported as quantised.
-    """
-
-    folder: Path
-    dtype: torch.dtype
-    tensors: StoredTensors
-    exported: Mapping[str, ManifestEntry]
-    dequantised: Mapping[str, ManifestEntry]
-    unquantised: tuple[str, ...]
-
-
-def _open(folder: Path) -> _Checkpoint:
-    quantization = read_config(folder).get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise RequestError(f"{folder} is not in bitmend's own format; only such a checkpoint can be exported")
-    manifest = Manifest.from_json(quantization)
-    files = weight_files(folder)
-    check_files(files, manifest)
-    model = _empty_model(folder)
-    head = model.get_output_embeddings()
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    outside = {name for name, module in model.named_modules() if module is head}
-    dequantised = {
-        name: entry for name, entry in manifest.modules.items() if entry.kind == "embedding" or name in outside
-    }
-    exported = {name: entry for name, entry in manifest.modules.items() if name not in dequantised}
-    if not exported:
-        raise RequestError(f"{folder} has no quantised layer that compressed-tensors could hold")
-    return _Checkpoint(
-        folder,
-        model.dtype,
-        StoredTensors(files),
-        exported,
-        dequantised,
-        tuple(name for name in linears if name not in exported),
-    )
-
-
-def _empty_model(folder: Path) -> transformers.PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise RequestError(
-            f"only causal language models are exported to compressed-tensors; {folder} is {type(config).__name__}"
-        ) from error
-
-
-def _check_holds(name: str, entry: ManifestEntry, checkpoint: _Checkpoint) -> None:
+def _check_holds(name: str, entry: ManifestEntry, checkpoint: NativeSource) -> None:
     spec, columns = entry.spec, entry.shape[1]
     if entry.kind == "conv1d":
         raise RequestError(f"{name} is a Conv1D of GPT-2, which compressed-tensors cannot hold; keep bitmend's format")
@@ -172,49 +106,22 @@ def _check_holds(name: str, entry: ManifestEntry, checkpoint: _Checkpoint) -> No
         )
 
 
-def _events(checkpoint: _Checkpoint) -> Iterator[Event]:
-    for name in checkpoint.dequantised:
-        yield Event("dequantised", name, f"{name} is written in {checkpoint.dtype}: readers expect it unquantised")
+def _events(checkpoint: NativeSource) -> Iterator[Event]:
+    yield from checkpoint.dequantised_events()
     if any(not entry.spec.grid.symmetric for entry in checkpoint.exported.values()):
         how = "only with CompressedTensorsConfig(dequantize=True)" if len(_groups(checkpoint)) == 1 else "not at all"
         yield Event(
             "reader_limit", "zero points", f"transformers 5.23 with compressed-tensors 0.20 loads zero points {how}"
         )
     schemes = {name: _scheme(entry.spec) for name, entry in checkpoint.exported.items()}
-    present = {*schemes, *checkpoint.unquantised}
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes):
-        for leaves in _FUSED:
-            names = [f"{parent}.{leaf}" for leaf in leaves if f"{parent}.{leaf}" in present]
-            if len({schemes.get(name) for name in names}) > 1:
-                yield Event(
-                    "vllm_fusion",
-                    parent,
-                    f"{', '.join(leaves)} of {parent} have different schemes; vLLM computes them as one and refuses",
-                )
+    yield from fusion_events(schemes, checkpoint.unquantised)
 
 
-def _parts(checkpoint: _Checkpoint) -> Iterator[dict[str, Tensor]]:
-    """Yield all tensors of the export, a bounded number of bytes at a time."""
-    part: dict[str, Tensor] = {}
-    for tensors in _pieces(checkpoint):
-        part |= tensors
-        if sum(tensor.nbytes for tensor in part.values()) >= _PART_BYTES:
-            yield part
-            part = {}
-    if part:
-        yield part
-
-
-def _pieces(checkpoint: _Checkpoint) -> Iterator[dict[str, Tensor]]:
-    for name, entry in checkpoint.exported.items():
-        yield _module_tensors(name, read_packed(checkpoint.tensors, name, entry), checkpoint.dtype)
-    for name, entry in checkpoint.dequantised.items():
-        yield {f"{name}.weight": read_packed(checkpoint.tensors, name, entry).dequantize(checkpoint.dtype)}
-    quantised = {*checkpoint.exported, *checkpoint.dequantised}
-    for name in checkpoint.tensors:
-        module, _, leaf = name.rpartition(".")
-        if module not in quantised or leaf not in (WORDS, SCALE, ZERO_WORDS):
-            yield {name: checkpoint.tensors[name]}
+def _pieces(checkpoint: NativeSource) -> Iterator[dict[str, Tensor]]:
+    """Yield all tensors of the export, module by module."""
+    for name in checkpoint.exported:
+        yield _module_tensors(name, checkpoint.packed(name), checkpoint.dtype)
+    yield from checkpoint.other_tensors()
 
 
 def _module_tensors(name: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -238,14 +145,14 @@ def _scheme(spec: QuantSpec) -> tuple[int, bool, int | None]:
     return spec.grid.bits, spec.grid.symmetric, size
 
 
-def _groups(checkpoint: _Checkpoint) -> dict[tuple[int, bool, int | None], list[str]]:
+def _groups(checkpoint: NativeSource) -> dict[tuple[int, bool, int | None], list[str]]:
     groups: dict[tuple[int, bool, int | None], list[str]] = {}
     for name, entry in checkpoint.exported.items():
         groups.setdefault(_scheme(entry.spec), []).append(name)
     return groups
 
 
-def _quantization_config(checkpoint: _Checkpoint) -> dict[str, Any]:
+def _quantization_config(checkpoint: NativeSource) -> dict[str, Any]:
     groups = _groups(checkpoint)
     config_groups = {}
     for number, ((bits, symmetric, size), names) in enumerate(groups.items()):

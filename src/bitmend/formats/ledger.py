@@ -9,12 +9,15 @@ over the number of the model's original parameters). The header of a file is cou
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bitmend.errors import CheckpointError
+from bitmend.formats import read_gptq
 from bitmend.formats.manifest import QUANT_METHOD, Manifest
+from bitmend.formats.read_awq import awq_layers
+from bitmend.formats.read_compressed_tensors import GROUPS, SHAPE, bits_of
 from bitmend.formats.safetensors_file import Header, TensorRecord, copy_chunks, parse_json, read_header
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
 
@@ -24,7 +27,12 @@ QUANTISED = ("codes", "padding", "scales", "zero_points", "masks", "indices", "s
 PLAIN = ("embeddings", "head", "norms", "biases", "layers", "other")
 CATEGORIES = (*QUANTISED, *PLAIN, "header")
 
-_SHAPE = "weight_shape"  # compressed-tensors stores each module's shape as a tensor
+# Where the tensors of a quantised module are booked. Words of codes and zero points may end in padding.
+_PARTS = {
+    WORDS: "codes", ZERO_WORDS: "zero_points", SCALE: "scales", SHAPE: "shapes", GROUPS: "indices",
+    read_gptq.CODES: "codes", read_gptq.ZERO_POINTS: "zero_points", read_gptq.SCALES: "scales",
+    read_gptq.GROUPS: "indices",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class Ledger:
         file_bytes: all weight files.
         parameters: of the original model.
         quantised_weights: parameters in quantised modules, without biases.
+        format: what config.json calls it: `bitmend`, `gptq`, `gptq_v2`, `awq`, `compressed-tensors` or another tool's
+            name; `unquantised` when it calls it nothing.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -67,6 +77,7 @@ class Ledger:
     file_bytes: int
     parameters: int
     quantised_weights: int
+    format: str = "unquantised"
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -83,6 +94,7 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Return the content of ledger.json."""
         return {
+            "format": self.format,
             "bits_per_weight": self.bits_per_weight,
             "bits_per_weight_model": self.bits_per_weight_model,
             "file_bytes": self.file_bytes,
@@ -128,7 +140,7 @@ class _Account:
 
 
 def ledger(folder: Path) -> Ledger:
-    """Return the ledger of a model folder: bitmend's own, plain, or compressed-tensors.
+    """Return the ledger of a model folder: bitmend's own, plain, compressed-tensors, GPTQ or AWQ.
 
     Cost: reads headers only (and 16 bytes a module of compressed-tensors).
 
@@ -147,7 +159,10 @@ def ledger(folder: Path) -> Ledger:
 
 def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: Path) -> Ledger:
     """Return the ledger of files in `folder` whose headers and config have been read already; see `ledger`."""
-    quantised = _quantised_modules(headers, config.get("quantization_config") or {}, folder)
+    described = config.get("quantization_config") or {}
+    if not isinstance(described, dict):
+        raise CheckpointError(f"quantization_config of {folder} must be a table; got {described!r:.80}")
+    quantised = _quantised_modules(headers, described, folder)
     records = {name: record for header in headers.values() for name, record in header.tensors.items()}
     accounts = {name: _Account(weights=codes.weights) for name, codes in quantised.items()}
     for name, record in records.items():
@@ -157,17 +172,27 @@ def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: 
         if module not in quantised:
             account.weights += record.numel
             account.book(_category(name, record), bits)
-        elif leaf in (WORDS, ZERO_WORDS):
-            entries = quantised[module].weights if leaf == WORDS else records[f"{module}.{SCALE}"].numel
-            used = entries * quantised[module].bits
-            account.book("codes" if leaf == WORDS else "zero_points", used)
+        elif leaf in _PARTS:
+            used = _used_bits(_PARTS[leaf], module, quantised[module], records, bits)
+            account.book(_PARTS[leaf], used)
             account.book("padding", bits - used)
-        elif leaf in (SCALE, _SHAPE):
-            account.book("scales" if leaf == SCALE else "shapes", bits)
         else:
             account.extra += record.numel
             account.book(_category(name, record), bits)
-    return _closed(accounts, quantised, headers)
+    account_of_all = _closed(accounts, quantised, headers)
+    return replace(account_of_all, format=_format_name(described))
+
+
+def _used_bits(category: str, module: str, codes: _Codes, records: Mapping[str, TensorRecord], stored: int) -> int:
+    """Return how many of the stored bits mean something; the rest is padding."""
+    if category == "codes":
+        return codes.weights * codes.bits
+    if category == "zero_points":  # as many as there are scales
+        scale = records.get(f"{module}.{SCALE}") or records.get(f"{module}.{read_gptq.SCALES}")
+        if scale is None:
+            raise CheckpointError(f"{module} has zero points but no scales; download the file again")
+        return scale.numel * codes.bits
+    return stored
 
 
 def _closed(accounts: Mapping[str, _Account], quantised: Mapping[str, _Codes], headers: Mapping[str, Header]) -> Ledger:
@@ -187,6 +212,12 @@ def _closed(accounts: Mapping[str, _Account], quantised: Mapping[str, _Codes], h
         parameters=sum(account.weights + account.extra for account in accounts.values()),
         quantised_weights=sum(codes.weights for codes in quantised.values()),
     )
+
+
+def _format_name(config: Mapping[str, Any]) -> str:
+    method = str(config.get("quant_method", "unquantised"))
+    version = config.get("checkpoint_format", config.get("format"))
+    return "gptq_v2" if method == "gptq" and version == "gptq_v2" else method
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -212,6 +243,12 @@ def _quantised_modules(headers: Mapping[str, Header], config: Mapping[str, Any],
     if config.get("quant_method") == QUANT_METHOD:
         manifest = Manifest.from_json(config)
         return {name: _Codes(entry.spec.grid.bits, entry.shape) for name, entry in manifest.modules.items()}
+    records = {name: record for header in headers.values() for name, record in header.tensors.items()}
+    if config.get("quant_method") == "gptq":
+        layers = read_gptq.gptq_layers(records, read_gptq.gptq_config(config))
+        return {name: _Codes(layer.bits, layer.shape) for name, layer in layers.items()}
+    if config.get("quant_method") == "awq":
+        return {name: _Codes(layer.bits, layer.shape) for name, layer in awq_layers(records, config).items()}
     if config.get("quant_method") == "compressed-tensors":
         return _compressed_tensors_modules(headers, config, folder)
     return {}
@@ -224,22 +261,7 @@ def _compressed_tensors_modules(
     for file, header in headers.items():
         for name, record in header.tensors.items():
             module, _, leaf = name.rpartition(".")
-            if leaf == _SHAPE and f"{module}.{WORDS}" in header.tensors:
+            if leaf == SHAPE and f"{module}.{WORDS}" in header.tensors:
                 data = b"".join(copy_chunks(folder / file, record.start, record.stop))
-                modules[module] = _Codes(_compressed_tensors_bits(module, config), struct.unpack("<2q", data))
+                modules[module] = _Codes(bits_of(module, config), struct.unpack("<2q", data))
     return modules
-
-
-def _compressed_tensors_bits(module: str, config: Mapping[str, Any]) -> int:
-    """Return the code width of a module: exact names go before patterns, patterns before classes."""
-    best, bits = 0, None
-    for group in config.get("config_groups", {}).values():
-        for target in group.get("targets", []):
-            is_pattern = target.startswith("re:")
-            rank = 3 if target == module else 2 if is_pattern and re.match(target[3:], module) else 0
-            rank = rank or (1 if target in ("Linear", "Embedding") else 0)
-            if rank > best:
-                best, bits = rank, group["weights"]["num_bits"]
-    if bits is None:
-        raise CheckpointError(f"no group of quantization_config.config_groups targets the quantised module {module}")
-    return int(bits)

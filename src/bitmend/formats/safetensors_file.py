@@ -126,6 +126,36 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._files)
 
 
+def expect_record(
+    records: Mapping[str, TensorRecord], name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+) -> TensorRecord:
+    """Return the record of a tensor that must be there.
+
+    Args:
+        records: of all files.
+        name: of the tensor.
+        dtypes: the types that it may have.
+        shape: the shape that it must have; None for a side of any length above 0.
+
+    Raises:
+        CheckpointError: it is missing, or has another type or shape.
+    """
+    record = records.get(name)
+    if record is None:
+        raise CheckpointError(f"the checkpoint lacks the tensor {name}; download it again")
+    fits = len(record.shape) == len(shape) and all(
+        side > 0 if wanted is None else side == wanted for side, wanted in zip(record.shape, shape, strict=True)
+    )
+    if record.dtype not in dtypes or not fits:
+        types = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        sides = ", ".join("any" if side is None else str(side) for side in shape)
+        raise CheckpointError(
+            f"{name} must be {types} of shape ({sides}); got {str(record.dtype).removeprefix('torch.')} of shape "
+            f"{record.shape}"
+        )
+    return record
+
+
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
     """Return a JSON table.
 
