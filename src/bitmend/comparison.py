@@ -19,11 +19,11 @@ from bitmend.calibrate.data import CalibrationSet
 from bitmend.errors import CheckpointError, OutputError, QuantizationError, RequestError
 from bitmend.evaluate.evaluate import evaluate
 from bitmend.evaluate.load import LoadedModel, check_context
-from bitmend.evaluate.reference_cache import model_fingerprint
 from bitmend.evaluate.windows import read_windows
 from bitmend.formats.ledger import ledger
 from bitmend.formats.safetensors_file import sync
 from bitmend.models.find import find_adapter
+from bitmend.models.fingerprint import model_fingerprint
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.pipeline.recipe_list import LabelledRecipe, check_same_rows, parse_recipe_list
