@@ -447,7 +447,7 @@ def test_no_calibration(refused, tiny_model):
 def test_an_output_that_exists(refused, bitmend, quantise):
     assert bitmend(*quantise("--recipe", "rtn")).code == 0
     before = snapshot("out")
-    assert "out exists; choose another output, or pass --overwrite to replace it" in refused(*quantise())
+    assert "out exists; choose another output, pass --resume to go on with it, or --overwrite" in refused(*quantise())
     assert snapshot("out") == before
     assert bitmend(*quantise("--overwrite", "--bits", "2")).code == 0
     assert snapshot("out") != before
@@ -456,7 +456,8 @@ def test_an_output_that_exists(refused, bitmend, quantise):
 def test_an_abandoned_partial_folder(refused, bitmend, quantise):
     Path("out.partial").mkdir()
     sentence = refused(*quantise("--recipe", "rtn"))
-    assert "out.partial exists, left by a killed run or in use by one under way; choose another" in sentence
+    assert "out.partial exists, left by a stopped run or in use by one under way; choose another" in sentence
+    assert "pass --resume to go on with it, or --overwrite to replace it" in sentence
     assert bitmend(*quantise("--recipe", "rtn", "--overwrite")).code == 0
     assert names_here() == ["out"]
 
@@ -470,8 +471,10 @@ def test_a_failed_overwrite_keeps_the_old_output(refused, bitmend, quantise, mon
 
     monkeypatch.setattr("bitmend.formats.writer.write_hashed", full)
     sentence = refused(*quantise("--recipe", "rtn", "--overwrite"), code=1)
-    assert "is full; free some space and run again" in sentence
-    assert snapshot(".") == before
+    assert (
+        "is full; free some space and run again; 2 finished blocks and 0 finished matrices of the next one" in sentence
+    )
+    assert {name: content for name, content in snapshot(".").items() if name.startswith("out/")} == before
 
 
 def test_a_folder_that_is_no_model_is_not_replaced(refused, quantise):
@@ -598,10 +601,15 @@ def test_a_damaged_checkpoint(refused, quantised, copy_of, tiny_text, damage, co
 @dataclass(frozen=True)
 class Interrupted:
     needs: ClassVar[frozenset] = frozenset()
+    block: ClassVar[str] = "model.layers.1"
+
+    @staticmethod
+    def stop():
+        raise KeyboardInterrupt
 
     def solve(self, problem):
-        if problem.site.name.startswith("model.layers.1"):
-            raise KeyboardInterrupt
+        if problem.site.name.startswith(self.block):
+            self.stop()
         return Rtn().solve(problem)
 
 
@@ -629,9 +637,63 @@ def test_ctrl_c(bitmend, quantise, add_part):
     add_part.solver("interrupted", Interrupted)
     outcome = bitmend(*quantise("--recipe", "interrupted", "--overwrite"))
     assert outcome.code == 130
-    assert outcome.err.split("\n")[-2] == "stopped; nothing unfinished was left behind"
-    assert snapshot(".") == before
+    assert outcome.err == (
+        f"stopped; 1 finished blocks and 0 finished matrices of the next one are kept in {Path('out.partial').resolve()}; "
+        "the same command with --resume goes on\n"
+    )
+    assert {name: content for name, content in snapshot(".").items() if name.startswith("out/")} == before
+    assert names_here() == ["out", "out.partial"]
+
+
+def test_ctrl_c_before_anything_is_finished(bitmend, quantise, add_part):
+    add_part.solver("interrupted", type("AtOnce", (Interrupted,), {"block": "model.layers.0"}))
+    outcome = bitmend(*quantise("--recipe", "interrupted"))
+    assert (outcome.code, outcome.err) == (130, "stopped; nothing unfinished was left behind\n")
+    assert nothing_here()
+
+
+def test_sigterm(bitmend, quantise, add_part):
+    """As Ctrl-C, but for the exit code; afterwards the signal does what it did before."""
+    before = signal.getsignal(signal.SIGTERM)
+    for block, sentence in (("0", "stopped; nothing unfinished was left behind"), ("1", "stopped; 1 finished blocks")):
+        changes = {"block": f"model.layers.{block}", "stop": staticmethod(lambda: signal.raise_signal(signal.SIGTERM))}
+        add_part.solver("terminated", type("Terminated", (Interrupted,), changes))
+        outcome = bitmend(*quantise("--recipe", "terminated"))
+        assert outcome.code == 143
+        assert outcome.err.startswith(sentence)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_resume(bitmend, refused, quantise, add_part):
+    add_part.solver("interrupted", Interrupted)
+    assert bitmend(*quantise("--recipe", "interrupted", "--resume")).code == 130
+    assert "made with another recipe; " in refused(*quantise("--recipe", "rtn", "--resume"))
+    add_part.solver("interrupted", Rtn)
+    loud = [argument for argument in quantise("--recipe", "interrupted", "--resume") if argument != "--quiet"]
+    outcome = bitmend(*loud)
+    assert outcome.code == 0
+    assert "running finished blocks again: 1 of 1" in outcome.err
     assert names_here() == ["out"]
+    outcome = bitmend(*loud)
+    assert outcome.code == 0
+    assert outcome.err.splitlines()[-1].startswith("nothing to do: out is finished")
+    assert "made with another thread count" not in outcome.err
+    assert "pass one of them" in refused(*quantise("--resume", "--overwrite"))
+    assert "made with another recipe, another calibration rows" in refused(
+        *quantise("--recipe", "interrupted", "--resume", "--seed", "9")
+    )
+
+
+def test_an_unexpected_error_says_what_is_kept(refused, quantise, add_part):
+    def stop():
+        raise MemoryError("too little")
+
+    add_part.solver("greedy", type("Greedy", (Interrupted,), {"stop": staticmethod(stop)}))
+    sentence = refused(*quantise("--recipe", "greedy"), code=1)
+    assert sentence.startswith(
+        "unexpected MemoryError: too little (run again with --debug for the traceback); 1 finished"
+    )
+    assert sentence.endswith("the same command with --resume goes on")
 
 
 def test_a_defect_is_one_line_unless_debug_is_asked_for(bitmend, refused, quantise, add_part):
@@ -690,8 +752,9 @@ def test_a_real_process_in_which_ctrl_c_is_pressed(tiny, tiny_text, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, (out, err)
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "stopped; nothing unfinished was left behind"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert err.splitlines()[-1].startswith("stopped; ")
+    assert err.splitlines()[-1].endswith("the same command with --resume goes on")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "source"]
 
 
 def test_a_real_process_says_one_sentence(tiny_model, tmp_path):

@@ -176,10 +176,12 @@ def test_ctrl_c_keeps_what_is_finished(compare_tiny, tmp_path, add_part, quantis
     with pytest.raises(KeyboardInterrupt):
         compare_tiny("rtn,stops,gptq")
     assert [entry["label"] for entry in record(tmp_path / "out")["entries"]] == ["rtn"]
-    assert [path.name for path in (tmp_path / "out" / "models").iterdir()] == ["rtn"]
+    models = tmp_path / "out" / "models"
+    assert {path.name for path in models.iterdir()} == {"rtn", "stops.partial"}
     add_part.solver("stops", Rtn)
     found = compare_tiny("rtn,stops,gptq", resume=True)
     assert quantised == ["rtn", "stops", "stops", "gptq"]
+    assert {path.name for path in models.iterdir()} == {"rtn", "stops", "gptq"}
     check_comparison(found)
 
 

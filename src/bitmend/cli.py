@@ -1,12 +1,17 @@
-"""The command line. Exit codes: 0 done, 1 the run failed or broke its own guard, 2 the request was wrong, 130 Ctrl-C.
+"""The command line.
+
+Exit codes: 0 done, 1 the run failed or broke its own guard, 2 the request was wrong, 130 Ctrl-C, 143 terminated.
 
 Commands import what they need when they run, so that this module itself needs the errors only.
 """
 
 import json
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +20,7 @@ import typer
 
 from bitmend.errors import QuantizationError, RequestError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143  # what shells make of SIGINT and SIGTERM
 
 app = typer.Typer(
     help="Compress trained networks to 4 bits and below, repair the damage, prove the repair.",
@@ -82,6 +87,9 @@ def quantize(
     seed: SeedOption = None,
     device: DeviceOption = Device.AUTO,
     output: Annotated[Path | None, typer.Option(help="The folder to be; ./MODEL-RECIPE unless given.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a stopped run; start one where there is none.")
+    ] = False,
     overwrite: OverwriteOption = False,
     activations_on_disk: DiskOption = False,
     dry_run: Annotated[
@@ -101,6 +109,7 @@ def quantize(
     plan = load_recipe(recipe, _recipe_keys(assignment, bits, group_size, sequences, sequence_length, seed))
     options: dict[str, Any] = {
         "output": output,
+        "resume": resume,
         "overwrite": overwrite,
         "device": device.value,
         "trust_remote_code": trust_remote_code,
@@ -109,9 +118,9 @@ def quantize(
         target = run.check_request(model, plan, calibration or (), **options)
         typer.echo(f"# would write {target}\n{plan.to_toml()}", nl=False)
         return
-    report = run.quantize(
-        model, plan, calibration or (), activations_on_disk=activations_on_disk, progress=_progress(quiet), **options
-    )
+    options |= {"activations_on_disk": activations_on_disk, "progress": _progress(quiet)}
+    with _telling_what_is_kept():
+        report = run.quantize(model, plan, calibration or (), **options)
     if log_json is not None:
         _write_json(log_json, run.report_to_json(report))
     _show_run(report)
@@ -287,24 +296,75 @@ def demo(
     run_demo(output, bits=bits, progress=_progress(quiet))
 
 
+class _Terminated(BaseException):
+    """SIGTERM came; like Ctrl-C, it lets the run tidy up."""
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
+    """A command was stopped and its work is kept; carries the exit code."""
+
+    def __init__(self, code: int, kept: str) -> None:
+        super().__init__(kept)
+        self.code = code
+
+
 def main() -> None:
     """Run the command line and leave with the exit code that the outcome asks for."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _be_quiet_about_libraries()
+    with _sigterm_as_exception():
+        code = _run(arguments, debug)
+    sys.exit(code)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
         code = app(args=arguments, prog_name="bitmend", standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
+    except _Terminated:
+        code = TERMINATED
+    except _Stopped as stop:
+        return _fail(f"stopped; {stop}", stop.code, debug)
     except QuantizationError as error:
-        code = _fail(f"error: {error}", error.exit_code, debug)
+        return _fail("; ".join([f"error: {error}", *_notes(error)]), error.exit_code, debug)
     except Exception as error:
-        code = _fail_unexpectedly(error, debug)
-    if code == INTERRUPTED:  # the option parser, too, makes this of Ctrl-C
+        return _fail_unexpectedly(error, debug)
+    if code in (INTERRUPTED, TERMINATED):  # the option parser, too, makes this of Ctrl-C
         typer.echo("stopped; nothing unfinished was left behind", err=True)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _sigterm_as_exception() -> Iterator[None]:
+    def terminate(number: int, frame: Any) -> None:
+        del number, frame
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _telling_what_is_kept() -> Iterator[None]:
+    """Carry what a stopped run says of its kept work past the option parser, which knows of exit codes only."""
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as stop:
+        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED
+        for note in _notes(stop):
+            raise _Stopped(code, note) from stop
+        raise
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
 
 
 def _fail(sentence: str, code: int, debug: bool) -> int:
@@ -320,7 +380,8 @@ def _fail_unexpectedly(error: Exception, debug: bool) -> int:
         show()
         return int(getattr(error, "exit_code", 2))
     name, reason = type(error).__name__, " ".join(str(error).split())
-    return _fail(f"error: unexpected {name}: {reason} (run again with --debug for the traceback)", 1, debug)
+    sentence = f"error: unexpected {name}: {reason} (run again with --debug for the traceback)"
+    return _fail("; ".join([sentence, *_notes(error)]), 1, debug)
 
 
 def _be_quiet_about_libraries() -> None:

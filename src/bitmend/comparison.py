@@ -2,7 +2,7 @@
 
 Recipes run one after the other, each as `quantize` would run it, on calibration rows that are drawn once. Each model is then
 scored against the full-precision one, whose hidden states are kept inside the output folder. comparison.json is written anew
-after every recipe, so that a stopped comparison goes on at the recipe that was under way.
+after every recipe, so that a stopped comparison goes on at the recipe that was under way, after its last finished matrix.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 from bitmend.calibrate.data import CalibrationSet
-from bitmend.errors import CheckpointError, OutputError, QuantizationError, RequestError
+from bitmend.errors import CheckpointError, OutputError, QuantizationError, RequestError, ResumeError
 from bitmend.evaluate.evaluate import evaluate
 from bitmend.evaluate.load import LoadedModel, check_context
-from bitmend.evaluate.reference_cache import model_fingerprint
 from bitmend.evaluate.windows import read_windows
 from bitmend.formats.ledger import ledger
 from bitmend.formats.safetensors_file import sync
 from bitmend.models.find import find_adapter
+from bitmend.models.fingerprint import model_fingerprint
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.pipeline.recipe_list import LabelledRecipe, check_same_rows, parse_recipe_list
 from bitmend.pipeline.run import check_guard, choose_device, draw_calibration, quantize, versions
-from bitmend.protocols import ModelAdapter, Progress, SilentProgress
+from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress
 from bitmend.report.comparison import Comparison, Entry, read_comparison
 
 RECORD = "comparison.json"
@@ -197,22 +197,27 @@ class _Run:
             self.comparison.put(entry)
             self.save()
 
+    def quantise(self, plan: LabelledRecipe, folder: Path) -> RunReport:
+        """Quantise with one recipe, from where an earlier comparison was stopped if that still fits."""
+        options: dict[str, Any] = {
+            "output": folder,
+            "device": self.device.type,
+            "activations_on_disk": self.activations_on_disk,
+            "progress": self.progress,
+        }
+        try:
+            return quantize(self.model, plan.recipe, self.rows, resume=True, **options)
+        except ResumeError as error:
+            self.progress.say(f"{plan.label}: cannot go on ({error}); started again")
+            return quantize(self.model, plan.recipe, self.rows, overwrite=True, **options)
+
     def run_one(self, plan: LabelledRecipe) -> Entry:
         """Quantise and score with one recipe; what is raised on purpose is recorded."""
         entry = Entry(plan.label, _recipe_keys(plan))
         folder = self.output / MODELS / plan.label
         try:
             _remove(folder)  # of a run that was stopped before its model had been scored
-            report = quantize(
-                self.model,
-                plan.recipe,
-                self.rows,
-                output=folder,
-                overwrite=True,
-                device=self.device.type,
-                activations_on_disk=self.activations_on_disk,
-                progress=self.progress,
-            )
+            report = self.quantise(plan, folder)
             entry.describe(report)
             entry.output = f"{MODELS}/{plan.label}"
             entry.texts = self.score(folder)

@@ -41,6 +41,10 @@ class RequestError(QuantizationError):
     exit_code: ClassVar[int] = 2
 
 
+class ResumeError(RequestError):
+    """A run that cannot be gone on with: it was made with another request, or its journal is damaged."""
+
+
 class UnknownNameError(RequestError):
     """A name that nothing is registered under."""
 

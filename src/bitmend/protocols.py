@@ -151,17 +151,40 @@ class BlockStreams(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SolvedSite:
+    """One site with everything that a run keeps of it, also in its journal.
+
+    Attributes:
+        site: which matrix.
+        solution: codes and events; what a resumed run reads of it back is the same but for diagnostics, which the report
+            has, and for `proved`, which nothing reads once the report is made.
+        report: what `run.json` says of it.
+        carried: plain values that later sites of the group need of this one when a run is resumed between them.
+    """
+
+    site: LinearSite
+    solution: Solution
+    report: "SiteReport"
+    carried: Mapping[str, Any] = field(default_factory=dict)
+
+
 @runtime_checkable
 class BlockSolver(Protocol):
     """Solves all sites of a block; `per_site` lifts a `SiteSolver` to it."""
 
     def solve_block(
-        self, block: Block, streams: BlockStreams | None, schemes: Mapping[str, QuantSpec]
-    ) -> Iterator[tuple[LinearSite, Solution, "SiteReport"]]:
+        self,
+        block: Block,
+        streams: BlockStreams | None,
+        schemes: Mapping[str, QuantSpec],
+        known: Mapping[str, SolvedSite],
+    ) -> Iterator[SolvedSite]:
         """Yield the sites in the order in which they must be stored.
 
         The caller stores each result in the block before it asks for the next, so that later groups see earlier ones
-        quantised. Sites without a scheme stay in full precision.
+        quantised. Sites without a scheme stay in full precision. Those in `known`, by name, were solved before a run was
+        stopped: they are yielded as they are, and nothing is measured for a group of which all sites are known.
         """
         ...
 
@@ -367,7 +390,11 @@ class BlockReport:
 
 @dataclass
 class RunReport:
-    """Everything that `run.json` says of a run."""
+    """Everything that `run.json` says of a run.
+
+    `fingerprint` says what the numbers depend on (`pipeline/fingerprint.py`). Its seconds are those of the process that
+    finished the run; before it, earlier processes took `before_resume`, which is a part of `total`.
+    """
 
     model: str
     recipe: dict[str, Any]
@@ -379,6 +406,7 @@ class RunReport:
     peak_memory_bytes: int = 0
     bits: dict[str, float] = field(default_factory=dict)
     output: str = ""
+    fingerprint: dict[str, str] = field(default_factory=dict)
     status: Literal["running", "done"] = "running"
 
 

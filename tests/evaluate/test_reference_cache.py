@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitmend.evaluate import reference_cache as module
-from bitmend.evaluate.reference_cache import ReferenceCache, checksum, default_folder, digest_of, model_fingerprint
+from bitmend.evaluate.reference_cache import ReferenceCache, checksum, default_folder, digest_of
 
 
 @pytest.fixture
@@ -87,18 +86,3 @@ def test_the_folder_comes_from_the_environment(monkeypatch):
 
 def test_digests_do_not_depend_on_order_but_on_values():
     assert digest_of({"a": 1, "b": "x"}) == digest_of({"b": "x", "a": 1}) != digest_of({"a": 2, "b": "x"})
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_fingerprint_changes_with_weights_and_config(tmp_path, monkeypatch, whole):
-    if not whole:
-        monkeypatch.setattr(module, "HASHED_WHOLE_BYTES", 0)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    seen = [model_fingerprint(tmp_path), model_fingerprint(tmp_path)]
-    (tmp_path / "model.safetensors").write_bytes(b"abd")
-    seen.append(model_fingerprint(tmp_path))
-    (tmp_path / "config.json").write_text("{ }")
-    seen.append(model_fingerprint(tmp_path))
-    assert seen[0] == seen[1]
-    assert len(set(seen)) == 3

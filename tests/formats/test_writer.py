@@ -100,11 +100,12 @@ def test_config_is_written_last_and_nothing_loads_before(source, tmp_path):
         seen.append((folder.name, (folder / "config.json").is_file(), (tmp_path / "out").exists()))
 
     write(source, tmp_path / "out", check=check)
-    assert seen == [("out.partial", True, False)]
+    assert seen == [("model", True, False)]
     with CheckpointWriter(source, tmp_path / "other") as writer:
         writer.add("block", {"w": torch.ones(2)})
-        with pytest.raises(CheckpointError, match=r"no finished model folder: it has no config\.json"):
-            load(tmp_path / "other.partial")
+        for folder in ("other.partial", "other.partial/parts"):
+            with pytest.raises(CheckpointError, match=r"no finished model folder: it has no config\.json"):
+                load(tmp_path / folder)
         writer.abort()
 
 
@@ -114,7 +115,7 @@ def test_an_existing_output_is_refused(source, tmp_path):
     with pytest.raises(RequestError, match=r"out exists; choose another output, or pass --overwrite to replace it"):
         CheckpointWriter(source, tmp_path / "out")
     (tmp_path / "new.partial").mkdir()
-    with pytest.raises(RequestError, match=r"new\.partial exists, left by a killed run .*--overwrite"):
+    with pytest.raises(RequestError, match=r"new\.partial exists, left by a stopped run .*--overwrite"):
         CheckpointWriter(source, tmp_path / "new")
 
 
@@ -147,7 +148,7 @@ def test_a_failed_rename_puts_the_old_output_back(source, tmp_path, monkeypatch)
     replace = Path.replace
 
     def fail(self, target):
-        if self.name == "out.partial":
+        if self.name == "model":
             raise OSError(errno.EIO, "Input/output error")
         return replace(self, target)
 
@@ -206,7 +207,7 @@ def test_a_read_only_parent_is_refused(source, tmp_path, monkeypatch):
         (errno.EIO, "writing .*out failed: I/O"),
     ],
 )
-@pytest.mark.parametrize("function", ["write_tensors", "write_hashed"])
+@pytest.mark.parametrize("function", ["write_record", "write_hashed"])
 def test_a_full_disk_ends_the_run_and_leaves_nothing(source, tmp_path, monkeypatch, number, message, function):
     def fail(*args, **kwargs):
         raise OSError(number, "I/O")
@@ -281,7 +282,7 @@ def nothing_is_left(source, output):
 
 
 @pytest.mark.parametrize(
-    "moment", ["write_tensors", "write_hashed", "header_text", "read_header", "ledger_of", "sync", "parse_json"]
+    "moment", ["write_record", "write_hashed", "header_text", "read_header", "ledger_of", "sync", "parse_json"]
 )
 def test_a_killed_write_leaves_nothing_that_loads(source, tmp_path, monkeypatch, moment):
     def kill(*args, **kwargs):

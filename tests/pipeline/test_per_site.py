@@ -62,7 +62,8 @@ def block():
 
 def solve(solver, block, rows, *, refit=True, names=PATHS):
     schemes = {f"m.0.{name}": SPEC for name in names}
-    return list(PerSite(solver, "mine", refit).solve_block(block, rows, schemes))
+    solved = PerSite(solver, "mine", refit).solve_block(block, rows, schemes)
+    return [(one.site, one.solution, one.report) for one in solved]
 
 
 def problem(block, path="q"):

@@ -307,7 +307,9 @@ def test_a_request_that_cannot_be(run_tiny, tmp_path, tiny_model):
     with pytest.raises(ModelError, match=r"the model folder .* does not exist"):
         run_tiny(model=tmp_path / "none")
     (tmp_path / "out").mkdir()
-    with pytest.raises(RequestError, match=r"out exists; choose another output, or pass --overwrite to replace it"):
+    with pytest.raises(
+        RequestError, match=r"out exists; choose another output, pass --resume to go on with it, or --overwrite"
+    ):
         run_tiny()
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -356,15 +358,25 @@ class Fails:
         return Rtn().solve(problem)
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, QuantizationError])
-def test_an_interrupted_run_leaves_nothing_and_touches_nothing(run_tiny, tmp_path, add_part, kind):
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, OutputError, QuantizationError])
+def test_a_failed_run_keeps_only_what_may_be_gone_on_with(run_tiny, tmp_path, add_part, kind):
+    """What the request itself makes fail would fail again."""
     run_tiny(recipe="rtn")
     before = snapshot(tmp_path / "out")
     add_part.solver("fails", type("Fails", (Fails,), {"kind": kind}))
     for output in ("out", "new"):
-        with pytest.raises(kind, match="now"):
+        with pytest.raises(kind, match="now") as caught:
             run_tiny(output, recipe="fails", overwrite=True, activations_on_disk=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    left = {path.name for path in tmp_path.iterdir()}
+    if kind is QuantizationError:
+        assert left == {"out"}
+    else:
+        assert left == {"out", "out.partial", "new.partial"}
+        assert {path.name for path in (tmp_path / "new.partial").iterdir()} == {"journal", "parts"}
+        assert caught.value.__notes__ == [
+            f"1 finished blocks and 5 finished matrices of the next one are kept in {tmp_path / 'new.partial'}; "
+            "the same command with --resume goes on"
+        ]
     assert snapshot(tmp_path / "out") == before
 
 
@@ -377,8 +389,16 @@ def test_overwrite_replaces_at_the_end(run_tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("when", ["write_tensors", "write_hashed"])
-def test_a_full_disk_leaves_the_old_output(run_tiny, tmp_path, monkeypatch, when):
+@pytest.mark.parametrize(
+    ("when", "left"),
+    [
+        ("pipeline.resume.write_json", ["out"]),
+        ("pipeline.resume.write_record", ["out"]),
+        ("formats.writer.write_record", ["out", "out.partial"]),
+        ("formats.writer.write_hashed", ["out", "out.partial"]),
+    ],
+)
+def test_a_full_disk_leaves_the_old_output(run_tiny, tmp_path, monkeypatch, when, left):
     run_tiny(recipe="rtn")
     before = snapshot(tmp_path / "out")
     calls = []
@@ -387,12 +407,18 @@ def test_a_full_disk_leaves_the_old_output(run_tiny, tmp_path, monkeypatch, when
         calls.append(arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"bitmend.formats.writer.{when}", full)
-    with pytest.raises(OutputError, match=r"the disk of .*out is full; free some space and run again"):
-        run_tiny(recipe="rtn", overwrite=True)
+    keys = {"weights.bits": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(f"bitmend.{when}", full)
+        with pytest.raises(OutputError, match=r"the disk of .*out is full; free some space and run again"):
+            run_tiny(recipe="rtn", keys=keys, overwrite=True)
     assert len(calls) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert snapshot(tmp_path / "out") == before
+    if len(left) == 2:  # the run that had leave to replace the old output still has it
+        run_tiny(recipe="rtn", keys=keys, resume=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert snapshot(tmp_path / "out")["model.safetensors"] != before["model.safetensors"]
 
 
 def test_a_full_disk_under_the_activations(run_tiny, tmp_path, monkeypatch):

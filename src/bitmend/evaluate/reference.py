@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bitmend.errors import NumericsError, RequestError
 from bitmend.evaluate.load import LoadedModel, check_context, load_model
-from bitmend.evaluate.reference_cache import ReferenceCache, digest_of, model_fingerprint
+from bitmend.evaluate.reference_cache import ReferenceCache, digest_of
 from bitmend.evaluate.windows import TokenWindows
+from bitmend.models.fingerprint import model_fingerprint
 from bitmend.models.loading import read_config, resolve_model
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.numerics.products import FastLinear, linear

@@ -21,9 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LIMIT_BYTES = 4 * 2**30
-HASHED_WHOLE_BYTES = 2 * 10**9
 STALE_SECONDS = 24 * 3600
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def default_folder() -> Path:
@@ -37,29 +35,6 @@ def default_folder() -> Path:
 def digest_of(facts: Mapping[str, Any]) -> str:
     """Return the SHA-256 of plain values, whatever their order."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Return a SHA-256 over the config and the weight files of a model folder.
-
-    Up to 2 GB of weights are read whole. Of more, only the first mebibyte of each file (with the header, hence names
-    and shapes), its size and its time of change count.
-
-    Cost: about a second a gigabyte.
-    """
-    files = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
-    whole = sum(path.stat().st_size for path in files) < HASHED_WHOLE_BYTES
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            if whole:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            else:
-                status = path.stat()
-                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-                digest.update(file.read(2**20))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bitmend.errors import FactorizationError, NumericsError
 from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.moments import Moments, merge
 from bitmend.numerics.qtensor import QTensor, QuantSpec
-from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution
+from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution, SolvedSite
 from bitmend.sites import Block, LinearSite
 from bitmend.solvers.rtn import Rtn
 
@@ -40,9 +40,13 @@ class PerSite:
     two_streams: bool = False
 
     def solve_block(
-        self, block: Block, streams: BlockStreams | None, schemes: Mapping[str, QuantSpec]
-    ) -> Iterator[tuple[LinearSite, Solution, SiteReport]]:
-        """Yield each site's solution; the caller stores it before asking for the next.
+        self,
+        block: Block,
+        streams: BlockStreams | None,
+        schemes: Mapping[str, QuantSpec],
+        known: Mapping[str, SolvedSite] | None = None,
+    ) -> Iterator[SolvedSite]:
+        """Yield each site's solution, a known one as it is; the caller stores it before asking for the next.
 
         Raises:
             FactorizationError: the moments of a site stay indefinite; names the site.
@@ -52,19 +56,31 @@ class PerSite:
             sites = [site for site in group.sites if site.name in schemes]
             if not sites:
                 continue
-            rows = self._measure(index, streams)
+            rows: _Rows | None = None
+            factors = _Factors()
             for site in sites:
+                solved = (known or {}).get(site.name)
+                if solved is not None:
+                    factors = _Factors.from_json(solved.carried)
+                    yield solved
+                    continue
+                rows = rows or self._measure(index, streams)
                 problem = Problem(site, finite_weight(site, block), schemes[site.name], rows.fit)
-                started = time.perf_counter()
-                try:
-                    solution, report = self._solve_site(problem, rows)
-                except FactorizationError as error:
-                    raise FactorizationError(f"solver {self.name} at {site.name}: {error}") from error
-                report.seconds = time.perf_counter() - started
+                solution, report = self._solve_timed(problem, rows)
+                factors = factors.with_those_of(rows)
                 events = [*solution.events, *_scale_events(site, solution.qtensor)]
                 if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed
-                    events += _factor_events(site, rows)
-                yield site, replace(solution, events=tuple(events)), report
+                    events += _factor_events(site, factors)
+                yield SolvedSite(site, replace(solution, events=tuple(events)), report, factors.to_json())
+
+    def _solve_timed(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
+        started = time.perf_counter()
+        try:
+            solution, report = self._solve_site(problem, rows)
+        except FactorizationError as error:
+            raise FactorizationError(f"solver {self.name} at {problem.site.name}: {error}") from error
+        report.seconds = time.perf_counter() - started
+        return solution, report
 
     def _measure(self, group_index: int, streams: BlockStreams | None) -> "_Rows":
         if streams is None and self.solver.needs:
@@ -157,22 +173,53 @@ def _dropped(solution: Solution, base: Solution, report: SiteReport) -> tuple[So
     return replace(base, events=(*solution.events, event)), report
 
 
-def _stored_factors(rows: "_Rows") -> tuple[InverseFactor, ...]:
-    """Return the factors behind the stored codes: of all rows where candidates were refitted, else of the fit rows."""
-    refitted = rows.both.factors if rows.both is not None else ()
-    return refitted or (rows.fit.factors if rows.fit is not None else ())
+_Facts = tuple[float, float, int]  # of a factor: the damping that was requested, that was needed, dead columns
 
 
-def _factor_events(site: LinearSite, rows: _Rows) -> list[Event]:
+@dataclass(frozen=True)
+class _Factors:
+    """What the factors of a group were like, up to one of its sites; in plain numbers, which a resumed run can read.
+
+    Attributes:
+        fit: of the moments of the fit split.
+        both: of those of all rows.
+    """
+
+    fit: tuple[_Facts, ...] = ()
+    both: tuple[_Facts, ...] = ()
+
+    def with_those_of(self, rows: _Rows) -> "_Factors":
+        """Return also the factors that have been computed of some moments."""
+        return _Factors(_joined(self.fit, rows.fit), _joined(self.both, rows.both))
+
+    @property
+    def stored(self) -> tuple[_Facts, ...]:
+        """Those behind the stored codes: of all rows where candidates were refitted, else of the fit rows."""
+        return self.both or self.fit
+
+    def to_json(self) -> dict[str, Any]:
+        return {"fit": [list(facts) for facts in self.fit], "both": [list(facts) for facts in self.both]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "_Factors":
+        fit, both = (tuple((one, two, count) for one, two, count in values[key]) for key in ("fit", "both"))
+        return cls(fit, both)
+
+
+def _joined(known: tuple[_Facts, ...], moments: Moments | None) -> tuple[_Facts, ...]:
+    factors: tuple[InverseFactor, ...] = () if moments is None else moments.factors
+    found = [(factor.requested_damping, factor.damping, factor.dead_columns) for factor in factors]
+    return tuple(dict.fromkeys([*known, *found]))
+
+
+def _factor_events(site: LinearSite, factors: _Factors) -> list[Event]:
     """Return what the user must know of a factorisation: a raised damping, inputs that were zero on every token."""
     events = []
-    for factor in _stored_factors(rows):
-        if factor.damping > factor.requested_damping:
-            message = (
-                f"the moments were indefinite with damping {factor.requested_damping}; solved with {factor.damping}"
-            )
+    for requested, damping, dead_columns in factors.stored:
+        if damping > requested:
+            message = f"the moments were indefinite with damping {requested}; solved with {damping}"
             events.append(Event("damping_raised", site.name, message))
-        if factor.dead_columns:
-            message = f"{factor.dead_columns} of {site.shape[1]} inputs were zero on every calibration token"
+        if dead_columns:
+            message = f"{dead_columns} of {site.shape[1]} inputs were zero on every calibration token"
             events.append(Event("dead_columns", site.name, f"{message}; their weights are rounded to nearest"))
     return list(dict.fromkeys(events))  # one solver may use several factors of the same moments

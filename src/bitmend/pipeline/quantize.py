@@ -2,40 +2,23 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
-from bitmend.errors import NumericsError
+from bitmend.errors import NumericsError, ResumeError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.pipeline.per_site import BOTH_STREAMS, PerSite
 from bitmend.pipeline.recipe import Recipe
+from bitmend.pipeline.resume import Journal, QuantisedBlock
 from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
 from bitmend.sites import Block
 
 TRACE_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class QuantisedBlock:
-    """One finished block, ready to be written.
-
-    Attributes:
-        name: full path in the model.
-        sites: the quantised matrices by full module name.
-        kinds: how each of them was held in the model, a key of `sites.LAYER_VIEWS`.
-        rest: all other tensors of the block by full tensor name.
-    """
-
-    name: str
-    sites: dict[str, QTensor]
-    kinds: dict[str, str]
-    rest: dict[str, Tensor]
 
 
 def quantise_blocks(
@@ -47,8 +30,9 @@ def quantise_blocks(
     *,
     device: torch.device,
     directory: Path | None = None,
-) -> Iterator[QuantisedBlock]:
-    """Quantise a model block by block and yield each finished block.
+    journal: Journal | None = None,
+) -> Generator[QuantisedBlock, None, None]:
+    """Quantise a model block by block and yield each finished block, from the first that `journal` does not hold.
 
     Args:
         adapter: the opened model; its blocks are read one at a time.
@@ -58,23 +42,34 @@ def quantise_blocks(
         progress: shown block by block.
         device: where blocks run.
         directory: where activations are kept; None keeps them in memory.
+        journal: what an earlier process has finished; gets each site as soon as it is solved. The blocks that are yielded
+            are for the caller to write.
 
     Raises:
         NumericsError: NaN or Inf in a weight, in a layer's input or in a block's output.
         FactorizationError: moments that stay indefinite.
         RecipeError: a grid that does not fit a site.
+        ResumeError: finished blocks do not compute what they computed when they were written.
 
     Cost: per block one full-precision forward, one partial quantised forward for each group of sites, one quantised
-    forward, and the solver.
+    forward, and the solver. For each block that the journal holds one full-precision and one quantised forward, unless
+    there are no rows or no block is left.
     """
-    loop = _Loop(adapter, recipe, report)
+    loop = _Loop(adapter, recipe, report, device, journal)
+    names = adapter.block_names
+    first = 0 if journal is None else journal.num_finished
+    if first == len(names):
+        return
     streams = None
     if batches:
         with loop.timed("embed"):
             streams = DualStream(adapter, batches, directory=directory, device=device)
     try:
-        names = adapter.block_names
-        for index in progress.track(range(len(names)), "quantising blocks", len(names)):
+        if journal is not None and streams is not None and first:
+            for index in progress.track(range(first), "running finished blocks again", first):
+                loop.replay_block(journal.read_block(index, device), index, streams)
+                adapter.release_block(index)
+        for index in progress.track(range(first, len(names)), "quantising blocks", len(names) - first):
             yield loop.run_block(index, streams)
             adapter.release_block(index)
     finally:
@@ -83,8 +78,12 @@ def quantise_blocks(
 
 
 class _Loop:
-    def __init__(self, adapter: ModelAdapter, recipe: Recipe, report: RunReport) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, recipe: Recipe, report: RunReport, device: torch.device, journal: Journal | None
+    ) -> None:
         solver = recipe.build_solver()
+        self.device = device
+        self.journal = journal
         self.adapter = adapter
         self.recipe = recipe
         self.report = report
@@ -95,17 +94,12 @@ class _Loop:
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()
-        with self.timed("load"):
-            self.adapter.load_block(index)
-            block = self.adapter.describe_block(index, trace_batch())
+        block, events = self._open(index, streams)
         report = BlockReport(block.name)
         self.report.blocks.append(report)
-        self.report.events += _unread_events(block)
-        for transform in self.transforms:
-            self.report.events += transform.apply_(block, streams)
         with self.timed("forward"):
             run = None if streams is None else BlockRun(streams, block, keep_inputs=self.keep_inputs)
-        sites = self._solve(block, run, report)
+        sites = self._solve(block, run, report, events)
         if streams is not None and run is not None:
             with self.timed("forward"):
                 y_q = run.run_quantised()
@@ -118,24 +112,65 @@ class _Loop:
             streams.advance(run.y_fp, y_q)
         report.seconds = time.perf_counter() - started
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
-        return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites))
+        self.report.events += events
+        return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events))
 
-    def _solve(self, block: Block, run: BlockRun | None, report: BlockReport) -> dict[str, QTensor]:
-        """Solve and store all sites in execution order."""
-        solved: dict[str, QTensor] = {}
-        started = time.perf_counter()
-        for site, solution, site_report in self.solver.solve_block(block, run, self._schemes(block)):
-            deployed = solution.qtensor.dequantize(self.adapter.dtype)
+    def replay_block(self, finished: QuantisedBlock, index: int, streams: DualStream) -> None:
+        """Take both streams through a finished block, by the very steps of `run_block` that they went through it before.
+
+        Raises:
+            ResumeError: they come out differently, so that what follows would differ, too.
+        """
+        block, _ = self._open(index, streams)
+        with self.timed("forward"):
+            run = BlockRun(streams, block, keep_inputs=False)
+            for site in block.sites:
+                if site.name in finished.sites:
+                    site.store_(block.module, finished.sites[site.name].dequantize(self.adapter.dtype))
+            y_q = run.run_quantised()
+            error = streams.relative_error(run.y_fp, y_q)
+        if error != finished.report.relative_error:
+            raise ResumeError(
+                f"{block.name} was finished with a relative error of {finished.report.relative_error!r}, but run again it "
+                f"has {error!r}: this machine computes otherwise than the one that it was finished on, so that the rest "
+                "would not fit; go on there, or pass --overwrite to start again"
+            )
+        run.close()
+        streams.advance(run.y_fp, y_q)
+
+    def _open(self, index: int, streams: DualStream | None) -> tuple[Block, list[Event]]:
+        """Load a block and apply the transforms."""
+        with self.timed("load"):
+            self.adapter.load_block(index)
+            block = self.adapter.describe_block(index, trace_batch())
+        events = _unread_events(block)
+        for transform in self.transforms:
+            events += transform.apply_(block, streams)
+        return block, events
+
+    def _solve(
+        self, block: Block, run: BlockRun | None, report: BlockReport, events: list[Event]
+    ) -> dict[str, QTensor]:
+        """Solve and store all sites in execution order; those that the journal holds are stored only."""
+        known = {} if self.journal is None else self.journal.known_sites(block, self.device)
+        qtensors: dict[str, QTensor] = {}
+        started, in_solver = time.perf_counter(), 0.0
+        for solved in self.solver.solve_block(block, run, self._schemes(block), known):
+            site, qtensor = solved.site, solved.solution.qtensor
+            deployed = qtensor.dequantize(self.adapter.dtype)
             if not bool(deployed.isfinite().all()):
                 raise NumericsError(f"the quantised weight of {site.name} must be finite, but holds NaN or Inf")
             site.store_(block.module, deployed)
-            solved[site.name] = solution.qtensor
-            report.sites.append(site_report)
-            self.report.events += solution.events
-        in_solver = sum((site.seconds for site in report.sites), 0.0)
+            qtensors[site.name] = qtensor
+            report.sites.append(solved.report)
+            events += solved.solution.events
+            if site.name not in known:
+                in_solver += solved.report.seconds
+                if self.journal is not None:
+                    self.journal.keep_site(solved)
         self._add_seconds("solve", in_solver)
         self._add_seconds("moments", time.perf_counter() - started - in_solver)
-        return solved
+        return qtensors
 
     def _schemes(self, block: Block) -> dict[str, QuantSpec]:
         schemes = {site.name: self.recipe.scheme(site.name, self.adapter.dtype) for site in block.sites}

@@ -7,7 +7,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,24 +17,33 @@ from typing import Any
 import torch
 
 from bitmend.calibrate.data import CalibrationSet, Split, load_calibration
-from bitmend.errors import GuardError, RecipeError, RequestError, nearest_name
+from bitmend.errors import (
+    GuardError,
+    OutputError,
+    QuantizationError,
+    RecipeError,
+    RequestError,
+    ResumeError,
+    nearest_name,
+)
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
-from bitmend.formats.native import site_tensors
 from bitmend.formats.writer import CheckpointWriter, check_output
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.numerics.granularity import num_groups
-from bitmend.numerics.qtensor import QTensor
 from bitmend.pipeline.ends import check_ends, quantise_ends
+from bitmend.pipeline.fingerprint import fingerprint_of
 from bitmend.pipeline.quantize import quantise_blocks, trace_batch
 from bitmend.pipeline.recipe import Recipe, load_recipe
+from bitmend.pipeline.resume import Journal, check_partial, entry_of, finished_run, remove_leftovers
 from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress, TokenBatch
 
 LONGEST_DEFAULT_SEQUENCE = 2048
 TOKENS_PER_BATCH = 4096
 DEGRADED_SHARE = 0.05
+ACTIVATIONS = "activations"
 # transformers skips a format that it does not know: it warns, and fills the quantised layers with random numbers.
 HOW_TO_LOAD = """This model was quantised with bitmend. Import bitmend before it is loaded, else transformers leaves its
 quantised layers random:
@@ -55,6 +65,7 @@ def quantize(
     *,
     output: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
     activations_on_disk: bool = False,
@@ -63,6 +74,9 @@ def quantize(
 ) -> RunReport:
     """Quantise a model folder into a new model folder.
 
+    What is finished is kept in `OUTPUT.partial` as the run goes on. A run that is stopped (Ctrl-C, a kill, a full disk)
+    goes on from there with `resume`, and ends in the same files, bit for bit, apart from times and memory in run.json.
+
     Args:
         model: a local folder with a full-precision model, or a hub name.
         recipe: the name of a shipped recipe or of a solver, a `.toml` file, or a `Recipe`.
@@ -70,7 +84,8 @@ def quantize(
             drawn before are taken as they are, whatever the recipe says of drawing.
         output: the folder to be; None: `./MODEL-RECIPE`.
         overrides: recipe keys to replace, for example `{"weights.bits": 3, "solver.damping": 0.05}`.
-        overwrite: replace an existing output folder (at the very end).
+        resume: go on with a stopped run of the same request; do nothing when it is finished, start when there is none.
+        overwrite: replace an existing output folder (at the very end), and forget a stopped run.
         device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is one.
         activations_on_disk: keep the calibration activations memory-mapped beside the output.
         trust_remote_code: let transformers run code that comes with the model.
@@ -81,48 +96,103 @@ def quantize(
 
     Raises:
         RequestError: the request cannot be carried out as it stands; nothing was written.
+        ResumeError: with `resume`, what lies at the output was made with another request, or is damaged; it stays.
         NumericsError: NaN or Inf in weights or activations; nothing is left behind.
-        FactorizationError: moments that stay indefinite; names the site.
+        FactorizationError: moments that stay indefinite; names the site; nothing is left behind.
+        OutputError: the disk is full or fails; what is finished is kept.
+
+    Cost: to go on takes one forward of both streams through each finished block, beside what is left to do.
 
     A run in which more than 5 % of the sites did not get what was asked for is for the caller to refuse: `check_guard`.
     """
     started = time.perf_counter()
     progress = progress or SilentProgress()
-    request = _Request.check(model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite)
+    request = _Request.check(
+        model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume
+    )
     plan, adapter, target = request.recipe, request.adapter, request.output
     rows = draw_calibration(plan, adapter, calibration, progress)
+    fingerprint = fingerprint_of(plan, adapter.folder, rows, versions(), request.device)
+    if resume and (finished := finished_run(target, fingerprint)) is not None:
+        remove_leftovers(target, fingerprint)
+        progress.say(f"nothing to do: {target} is finished, and was made with the same request")
+        return finished
     report = RunReport(
         model=str(model),
         recipe=plan.model_dump(exclude_none=True),
         versions=versions(),
         calibration={} if rows is None else rows.summary(),
         output=str(target),
+        fingerprint=fingerprint,
     )
-    with CheckpointWriter(adapter.folder, target, overwrite) as writer:
-        directory = writer.partial / "activations" if activations_on_disk else None
-        entries: dict[str, ManifestEntry] = {}
-        blocks = quantise_blocks(
-            adapter, plan, _batches(rows), report, progress, device=request.device, directory=directory
-        )
-        for block in blocks:
-            tensors = dict(block.rest)
-            for name, qtensor in block.sites.items():
-                tensors |= site_tensors(name, qtensor)
-                entries[name] = _entry(qtensor, block.kinds[name])
-            writer.add(block.name, tensors)
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-        ends = quantise_ends(adapter, plan)
-        for name, qtensor in ends.quantised.items():
-            entries[name] = _entry(qtensor, ends.kinds[name])
-        writer.add("outside", ends.tensors)
-        report.seconds["total"] = time.perf_counter() - started
-        report.peak_memory_bytes = peak_memory_bytes()
-        report.status = "done"
-        config = quantization_config(entries, tied=ends.tied, provenance=_provenance(report))
-        documents = {"recipe.toml": plan.to_toml(), "README.md": HOW_TO_LOAD}
-        writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
+    with CheckpointWriter(adapter.folder, target, overwrite, resumable=True, resume=resume) as writer:
+        if resume:
+            journal = Journal.go_on(writer, fingerprint, adapter.block_names, progress.say)
+        else:
+            journal = Journal(writer, fingerprint, replaces_output=overwrite)
+        with _keeping_work(writer, journal):
+            activations = writer.partial / ACTIVATIONS if activations_on_disk else None
+            entries = _write_blocks(request, _batches(rows), report, progress, journal, activations)
+            ends = quantise_ends(adapter, plan)
+            for name, qtensor in ends.quantised.items():
+                entries[name] = entry_of(qtensor, ends.kinds[name])
+            writer.add("outside", ends.tensors)
+            report.seconds |= journal.seconds_before_resume()
+            report.seconds["total"] = time.perf_counter() - started + report.seconds.get("before_resume", 0.0)
+            report.peak_memory_bytes = peak_memory_bytes()
+            report.status = "done"
+            config = quantization_config(entries, tied=ends.tied, provenance=_provenance(report))
+            documents = {"recipe.toml": plan.to_toml(), "README.md": HOW_TO_LOAD}
+            writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
     return report
+
+
+def _write_blocks(
+    request: "_Request",
+    batches: list[tuple[TokenBatch, bool]],
+    report: RunReport,
+    progress: Progress,
+    journal: Journal,
+    activations: Path | None,
+) -> dict[str, ManifestEntry]:
+    """Quantise the blocks that are not finished, write each at once, and return the manifest's lines for all blocks."""
+    entries: dict[str, ManifestEntry] = {}
+    for index in range(journal.num_finished):
+        block = journal.read_block(index, request.device)
+        entries |= block.entries()
+        report.blocks.append(block.report)
+        report.events += block.events
+    blocks = quantise_blocks(
+        request.adapter,
+        request.recipe,
+        batches,
+        report,
+        progress,
+        device=request.device,
+        directory=activations,
+        journal=journal,
+    )
+    with closing(blocks):
+        for block in blocks:
+            journal.keep_block(block)
+            entries |= block.entries()
+    return entries
+
+
+@contextmanager
+def _keeping_work(writer: CheckpointWriter, journal: Journal) -> Iterator[None]:
+    """Keep the partial folder when a run is stopped that can be gone on with; remove it when it would fail again."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(writer.partial / ACTIVATIONS, ignore_errors=True)
+        fails_again = isinstance(error, QuantizationError) and not isinstance(error, (OutputError, ResumeError))
+        if fails_again or journal.is_empty:
+            writer.abort()
+        else:
+            error.add_note(journal.summary())
+        raise
+    shutil.rmtree(writer.partial / ACTIVATIONS, ignore_errors=True)
 
 
 def check_request(
@@ -133,6 +203,7 @@ def check_request(
     output: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
+    resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -141,8 +212,14 @@ def check_request(
     Raises:
         RequestError: as `quantize` would.
     """
-    request = _Request.check(model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite)
-    draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
+    request = _Request.check(
+        model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume
+    )
+    rows = draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
+    if resume:
+        fingerprint = fingerprint_of(request.recipe, request.adapter.folder, rows, versions(), request.device)
+        if finished_run(request.output, fingerprint) is None:
+            check_partial(request.output, fingerprint)
     return request.output
 
 
@@ -174,6 +251,7 @@ class _Request:
         device: str,
         trust_remote_code: bool,
         overwrite: bool,
+        resume: bool,
     ) -> "_Request":
         if isinstance(recipe, Recipe) and overrides:
             raise RequestError("overrides go with the name of a recipe; change the Recipe object itself instead")
@@ -181,7 +259,8 @@ class _Request:
         place = choose_device(device)
         folder = resolve_model(model)
         target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
-        check_output(folder, target, overwrite)  # the writer checks again; this answer comes before the model is opened
+        # The writer checks again; this answer comes before the model is opened.
+        check_output(folder, target, overwrite, resumable=True, resume=resume)
         if plan.build_solver().needs and not calibration:
             raise RequestError(
                 f"the recipe {plan.name!r} needs calibration data, but none came; "
@@ -307,11 +386,6 @@ def _batches(rows: CalibrationSet | None) -> list[tuple[TokenBatch, bool]]:
     size = max(1, TOKENS_PER_BATCH // max(row.numel() for row in rows.rows))
     splits = rows.split_of_batch(size)
     return [(batch, split is Split.HELD_OUT) for batch, split in zip(rows.batches(size), splits, strict=True)]
-
-
-def _entry(qtensor: QTensor, kind: str) -> ManifestEntry:
-    out, width = qtensor.codes.shape
-    return ManifestEntry(qtensor.spec, (out, width), kind)
 
 
 def _provenance(report: RunReport) -> dict[str, Any]:

@@ -1,0 +1,392 @@
+"""The journal of a run: what is finished, kept so that a stopped run goes on where it was and ends in the same bytes.
+
+In `OUTPUT.partial/`:
+
+| file | what it holds |
+|---|---|
+| `journal/journal.json` | fingerprint of the run, and whether it may replace an older OUTPUT |
+| `journal/BBBB-SSSS.safetensors` | site S, in execution order, of the block B under way: codes, scales, report, events |
+| `parts/BBBB.safetensors` | the finished block B: all its tensors, reports and events |
+
+Each file is written in one step (`formats/record.py`). A finished block takes the place of its sites. What is believed is
+an unbroken row of finished blocks from the first one on, then an unbroken row of sites of the next block; whatever lies
+behind a missing or damaged file is done again.
+
+The activations in front of the block under way are not kept: `pipeline/quantize.py` runs the finished blocks again
+(docs/decisions/0013).
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmend.errors import CheckpointError, RequestError, ResumeError
+from bitmend.formats.folder_lock import FolderLock
+from bitmend.formats.integrity import check_folder
+from bitmend.formats.manifest import ManifestEntry, spec_from_json, spec_to_json
+from bitmend.formats.native import read_site, site_tensors
+from bitmend.formats.record import TEMPORARY, read_record, write_json, write_record
+from bitmend.formats.safetensors_file import parse_json
+from bitmend.formats.writer import PARTS, CheckpointWriter, output_error, partial_folder
+from bitmend.numerics.qtensor import QTensor
+from bitmend.pipeline.fingerprint import differences
+from bitmend.protocols import BlockReport, Event, RunReport, SiteReport, Solution, SolvedSite
+from bitmend.sites import Block
+
+JOURNAL_VERSION = 1
+FOLDER, HEAD = "journal", "journal.json"
+SUFFIX = ".safetensors"
+START_AGAIN = "pass --overwrite to start again, or choose another output"
+
+
+@dataclass(frozen=True)
+class QuantisedBlock:
+    """One finished block.
+
+    Attributes:
+        name: full path in the model.
+        sites: the quantised matrices by full module name.
+        kinds: how each of them was held in the model, a key of `sites.LAYER_VIEWS`.
+        rest: all other tensors of the block by full tensor name.
+        report: what `run.json` says of it.
+        events: what the user must be told of it and its sites.
+    """
+
+    name: str
+    sites: dict[str, QTensor]
+    kinds: dict[str, str]
+    rest: dict[str, Tensor]
+    report: BlockReport
+    events: tuple[Event, ...] = ()
+
+    def entries(self) -> dict[str, ManifestEntry]:
+        """Return the line of the manifest for each quantised matrix."""
+        return {name: entry_of(qtensor, self.kinds[name]) for name, qtensor in self.sites.items()}
+
+
+def entry_of(qtensor: QTensor, kind: str) -> ManifestEntry:
+    """Return the manifest's line for a quantised matrix."""
+    out, width = qtensor.codes.shape
+    return ManifestEntry(qtensor.spec, (out, width), kind)
+
+
+class Journal:
+    """The finished blocks and sites of one run; see the module.
+
+    Attributes:
+        num_finished: how many blocks are finished.
+    """
+
+    def __init__(self, writer: CheckpointWriter, fingerprint: Mapping[str, str], *, replaces_output: bool) -> None:
+        """Start an empty journal in the partial folder of `writer`.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._writer = writer
+        self._folder = writer.partial / FOLDER
+        self._started = time.perf_counter()
+        self._earlier_seconds = 0.0
+        self._num_sites = 0
+        self.num_finished = 0
+        head = {
+            "journal_version": JOURNAL_VERSION,
+            "fingerprint": dict(fingerprint),
+            "replaces_output": replaces_output,
+        }
+        try:
+            self._folder.mkdir(exist_ok=True)
+            write_json(self._folder / HEAD, head)
+        except OSError as error:
+            raise output_error(writer.output, error) from error
+
+    @classmethod
+    def go_on(
+        cls,
+        writer: CheckpointWriter,
+        fingerprint: Mapping[str, str],
+        block_names: tuple[str, ...],
+        say: Callable[[str], None],
+    ) -> "Journal":
+        """Take over what an earlier run has finished; start an empty journal where there was none.
+
+        Args:
+            writer: has locked the partial folder and kept its parts.
+            fingerprint: of this run.
+            block_names: of the model, in order.
+            say: gets a line for each file that is damaged and therefore not believed.
+
+        Raises:
+            ResumeError: the journal is that of another request, or of another version of the journal, or it is no journal.
+        """
+        head = check_partial(writer.output, fingerprint)
+        if head is None:
+            return cls(writer, fingerprint, replaces_output=False)
+        journal = cls(writer, fingerprint, replaces_output=head["replaces_output"])
+        journal._adopt_blocks(block_names, say)
+        journal._adopt_sites(say)
+        return journal
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is finished, so that nothing is lost without it."""
+        return self.num_finished == 0 and self._num_sites == 0
+
+    def seconds_before_resume(self) -> dict[str, float]:
+        """Return how long earlier processes worked on what is kept of them, for the report; empty when there were none."""
+        return {"before_resume": self._earlier_seconds} if self._earlier_seconds else {}
+
+    def summary(self) -> str:
+        """Return what is kept, in words."""
+        return (
+            f"{self.num_finished} finished blocks and {self._num_sites} finished matrices of the next one are kept in "
+            f"{self._writer.partial}; the same command with --resume goes on"
+        )
+
+    # ------------------------------------------------------------------------------------------ finished blocks
+    def keep_block(self, block: QuantisedBlock) -> None:
+        """Write a finished block to disk, in place of its sites.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        tensors = dict(block.rest)
+        for name, qtensor in block.sites.items():
+            tensors |= site_tensors(name, qtensor)
+        described = {
+            name: {"spec": spec_to_json(entry.spec), "shape": list(entry.shape), "kind": entry.kind}
+            for name, entry in block.entries().items()
+        }
+        values = {"sites": described, "report": asdict(block.report), "events": _events_to_json(block.events)}
+        self._writer.add(block.name, tensors, {**values, "seconds": self._seconds()})
+        self.num_finished += 1
+        self._num_sites = 0
+        for path in self._site_files():
+            path.unlink(missing_ok=True)
+
+    def read_block(self, index: int, device: torch.device) -> QuantisedBlock:
+        """Return a finished block, its sites on `device`, without its other tensors.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return _read_part(self._writer.partial / PARTS / f"{index:04d}{SUFFIX}", device)[0]
+
+    def _adopt_blocks(self, names: tuple[str, ...], say: Callable[[str], None]) -> None:
+        while self.num_finished < len(names) and self._writer.next_part.is_file():
+            path = self._writer.next_part
+            try:
+                block, seconds = _read_part(path, torch.device("cpu"))
+            except CheckpointError as error:
+                say(f"{error}; it is not believed, and the run goes on from before it")
+                return
+            if block.name != names[self.num_finished]:
+                return
+            self._writer.adopt()
+            self._earlier_seconds = seconds
+            self.num_finished += 1
+
+    # ------------------------------------------------------------------------------------------ solved sites
+    def keep_site(self, solved: SolvedSite) -> None:
+        """Write the next solved site of the block under way to disk.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        qtensor = solved.solution.qtensor
+        values = {
+            "site": solved.site.name,
+            "spec": spec_to_json(qtensor.spec),
+            "shape": list(qtensor.codes.shape),
+            "kind": solved.site.kind,
+            "report": asdict(solved.report),
+            "events": _events_to_json(solved.solution.events),
+            "carried": dict(solved.carried),
+            "seconds": self._seconds(),
+        }
+        try:
+            write_record(self._site_file(self._num_sites), site_tensors(solved.site.name, qtensor), values)
+        except OSError as error:
+            raise output_error(self._writer.output, error) from error
+        self._num_sites += 1
+
+    def known_sites(self, block: Block, device: torch.device) -> dict[str, SolvedSite]:
+        """Return the solved sites of the block under way by name, on `device`.
+
+        Raises:
+            ResumeError: they are not sites of this block.
+            CheckpointError: a file has been damaged since the journal was opened.
+        """
+        sites = {site.name: site for site in block.sites}
+        known = {}
+        for position in range(self._num_sites):
+            tensors, values = read_record(self._site_file(position))
+            site = sites.get(values["site"])
+            if site is None or site.shape != tuple(values["shape"]):
+                raise ResumeError(
+                    f"{self._site_file(position)} holds {values['site']}, which is no site of {block.name}; {START_AGAIN}"
+                )
+            qtensor = _qtensor_of(tensors, site.name, values, device)
+            solution = Solution(qtensor, events=_events_from_json(values["events"]))
+            known[site.name] = SolvedSite(site, solution, SiteReport(**values["report"]), values["carried"])
+        return known
+
+    def _adopt_sites(self, say: Callable[[str], None]) -> None:
+        while (path := self._site_file(self._num_sites)).is_file():
+            try:
+                _, values = read_record(path)
+            except CheckpointError as error:
+                say(f"{error}; it is not believed, and the run goes on from before it")
+                break
+            self._earlier_seconds = values["seconds"]
+            self._num_sites += 1
+        believed = {self._site_file(position) for position in range(self._num_sites)}
+        for path in self._site_files():
+            if path not in believed:
+                path.unlink(missing_ok=True)
+
+    def _site_file(self, position: int) -> Path:
+        return self._folder / f"{self.num_finished:04d}-{position:04d}{SUFFIX}"
+
+    def _site_files(self) -> list[Path]:
+        return [path for suffix in (SUFFIX, SUFFIX + TEMPORARY) for path in self._folder.glob(f"*-*{suffix}")]
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+
+# ---------------------------------------------------------------------------------------------- may it go on?
+def read_head(partial: Path) -> dict[str, Any] | None:
+    """Return what journal.json says, or None where nothing has been journaled yet.
+
+    Raises:
+        ResumeError: the journal is damaged or of another version, or the folder is none that bitmend made.
+    """
+    path = partial / FOLDER / HEAD
+    if not path.is_file():
+        # Killed before the first file was whole: folders, and perhaps a file that never got its name.
+        if any(found.is_file() and found.suffix != TEMPORARY for found in partial.rglob("*")):
+            raise ResumeError(f"{partial} holds no journal of a run, so there is nothing to go on with; {START_AGAIN}")
+        return None
+    try:
+        head = parse_json(path.read_bytes(), str(path))
+    except CheckpointError as error:
+        raise ResumeError(f"{error}; {START_AGAIN}") from error
+    version = head.get("journal_version")
+    if version != JOURNAL_VERSION:
+        raise ResumeError(
+            f"{path} has journal_version {version}, this release of bitmend goes on with {JOURNAL_VERSION}; go on with the "
+            f"release that wrote it, or {START_AGAIN}"
+        )
+    if not isinstance(head.get("fingerprint"), dict) or not isinstance(head.get("replaces_output"), bool):
+        raise ResumeError(f"{path} must hold a fingerprint and replaces_output, but one is missing; {START_AGAIN}")
+    return head
+
+
+def check_partial(output: Path, fingerprint: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return what the journal of a stopped run says, or None where there is none, after checking that it is of this request.
+
+    Raises:
+        ResumeError: it is of another request, damaged, or not ours.
+    """
+    partial = partial_folder(output)
+    head = read_head(partial)
+    if head is not None:
+        check_same(partial, head["fingerprint"], fingerprint)
+    return head
+
+
+def check_same(place: Path, found: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
+    """Refuse to go on with the work of another request.
+
+    Raises:
+        ResumeError: the fingerprints differ; says in which parts.
+    """
+    differing = differences(found, wanted)
+    if differing:
+        raise ResumeError(
+            f"{place} was made with another {', another '.join(differing)}; give the same request to go on, or {START_AGAIN}"
+        )
+
+
+def finished_run(output: Path, fingerprint: Mapping[str, str]) -> RunReport | None:
+    """Return the report of a finished output of the same request, or None when there is something left to do.
+
+    Raises:
+        ResumeError: OUTPUT is a finished model of another request, and no stopped run was about to replace it; or its files
+            are damaged.
+
+    Cost: reads every byte of a finished output, for the checksums.
+    """
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    path = output / "run.json"
+    values: dict[str, Any] = parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
+    found = values.get("fingerprint")
+    if isinstance(found, dict) and not differences(found, fingerprint):
+        check_folder(output)
+        return report_from_json(values)
+    if (head := read_head(partial_folder(output))) is not None and head["replaces_output"]:
+        return None
+    if not found:
+        raise ResumeError(f"{output} does not say what it was made with, so it cannot be gone on with; {START_AGAIN}")
+    check_same(output, found, fingerprint)
+    return None
+
+
+def remove_leftovers(output: Path, fingerprint: Mapping[str, str]) -> None:
+    """Remove the partial folder of a run that was killed when its output was finished; not one that is in use."""
+    partial = partial_folder(output)
+    if not (partial / FOLDER / HEAD).is_file():
+        return
+    with suppress(RequestError, OSError):  # of another request, damaged, or in use: not ours to remove
+        head = read_head(partial)
+        if head is not None and not differences(head["fingerprint"], fingerprint):
+            lock = FolderLock(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.release()
+
+
+# ---------------------------------------------------------------------------------------------- from and to JSON
+def report_from_json(values: Mapping[str, Any]) -> RunReport:
+    """Return the report that a run.json was made of."""
+    blocks = [_block_report(block) for block in values["blocks"]]
+    return RunReport(**{**values, "blocks": blocks, "events": list(_events_from_json(values["events"]))})
+
+
+def _block_report(values: Mapping[str, Any]) -> BlockReport:
+    return BlockReport(**{**values, "sites": [SiteReport(**site) for site in values["sites"]]})
+
+
+def _events_to_json(events: tuple[Event, ...]) -> list[dict[str, Any]]:
+    return [asdict(event) for event in events]
+
+
+def _events_from_json(values: list[dict[str, Any]]) -> tuple[Event, ...]:
+    return tuple(Event(**event) for event in values)
+
+
+def _read_part(path: Path, device: torch.device) -> tuple[QuantisedBlock, float]:
+    """Return a finished block, and how many seconds of work led to it."""
+    tensors, values = read_record(path)
+    described = values.get("sites")
+    if described is None:
+        raise CheckpointError(f"{path} holds no block")
+    sites = {name: _qtensor_of(tensors, name, about, device) for name, about in described.items()}
+    kinds = {name: about["kind"] for name, about in described.items()}
+    events = _events_from_json(values["events"])
+    block = QuantisedBlock(values["part"], sites, kinds, {}, _block_report(values["report"]), events)
+    return block, float(values["seconds"])
+
+
+def _qtensor_of(tensors: Mapping[str, Tensor], name: str, about: Mapping[str, Any], device: torch.device) -> QTensor:
+    out, width = about["shape"]
+    placed = {key: tensor.to(device) for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    return read_site(placed, name, ManifestEntry(spec_from_json(about["spec"]), (out, width), about["kind"]))
