@@ -684,6 +684,23 @@ def test_resume(bitmend, refused, quantise, add_part):
     )
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_foreign_code_turns_into_an_error(bitmend, quantise, add_part, number, code):
+    """Conversions in torch and numpy do so when the signal comes while they ask an object for its shape."""
+
+    def stop():
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+
+    add_part.solver("swallows", type("Swallows", (Interrupted,), {"stop": staticmethod(stop)}))
+    outcome = bitmend(*quantise("--recipe", "swallows"))
+    assert outcome.code == code
+    assert outcome.err.startswith("stopped; 1 finished blocks")
+    assert outcome.err.endswith("the same command with --resume goes on\n")
+
+
 def test_an_unexpected_error_says_what_is_kept(refused, quantise, add_part):
     def stop():
         raise MemoryError("too little")

@@ -20,7 +20,8 @@ import typer
 
 from bitmend.errors import QuantizationError, RequestError
 
-INTERRUPTED, TERMINATED = 130, 143  # what shells make of SIGINT and SIGTERM
+INTERRUPTED, TERMINATED = 130, 143  # what shells make of SIGINT and SIGTERM: 128 and the number
+NOTHING_LEFT = "nothing unfinished was left behind"
 
 app = typer.Typer(
     help="Compress trained networks to 4 bits and below, repair the damage, prove the repair.",
@@ -313,12 +314,12 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _be_quiet_about_libraries()
-    with _sigterm_as_exception():
-        code = _run(arguments, debug)
+    with _signals_as_exceptions() as received:
+        code = _run(arguments, debug, received)
     sys.exit(code)
 
 
-def _run(arguments: list[str], debug: bool) -> int:
+def _run(arguments: list[str], debug: bool, received: list[int]) -> int:
     try:
         code = app(args=arguments, prog_name="bitmend", standalone_mode=False)
     except typer.Exit as stop:
@@ -329,26 +330,33 @@ def _run(arguments: list[str], debug: bool) -> int:
         code = TERMINATED
     except _Stopped as stop:
         return _fail(f"stopped; {stop}", stop.code, debug)
-    except QuantizationError as error:
-        return _fail("; ".join([f"error: {error}", *_notes(error)]), error.exit_code, debug)
     except Exception as error:
+        if received:  # foreign code may make an error of its own out of the exception that a signal raised in it
+            return _fail(f"stopped; {'; '.join(_notes(error)) or NOTHING_LEFT}", 128 + received[0], debug)
+        if isinstance(error, QuantizationError):
+            return _fail("; ".join([f"error: {error}", *_notes(error)]), error.exit_code, debug)
         return _fail_unexpectedly(error, debug)
     if code in (INTERRUPTED, TERMINATED):  # the option parser, too, makes this of Ctrl-C
-        typer.echo("stopped; nothing unfinished was left behind", err=True)
+        typer.echo(f"stopped; {NOTHING_LEFT}", err=True)
     return code if isinstance(code, int) else 0
 
 
 @contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
-    def terminate(number: int, frame: Any) -> None:
-        del number, frame
-        raise _Terminated
+def _signals_as_exceptions() -> Iterator[list[int]]:
+    """Raise an exception where SIGINT or SIGTERM comes, and yield the list of those that came."""
+    received: list[int] = []
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    def stop(number: int, frame: Any) -> None:
+        del frame
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
