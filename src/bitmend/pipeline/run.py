@@ -126,10 +126,7 @@ def quantize(
         fingerprint=fingerprint,
     )
     with CheckpointWriter(adapter.folder, target, overwrite, resumable=True, resume=resume) as writer:
-        if resume:
-            journal = Journal.go_on(writer, fingerprint, adapter.block_names, progress.say)
-        else:
-            journal = Journal(writer, fingerprint, replaces_output=overwrite)
+        journal = _open_journal(writer, fingerprint, adapter.block_names, progress, resume=resume, overwrite=overwrite)
         with _keeping_work(writer, journal):
             activations = writer.partial / ACTIVATIONS if activations_on_disk else None
             entries = _write_blocks(request, _batches(rows), report, progress, journal, activations)
@@ -177,6 +174,24 @@ def _write_blocks(
             journal.keep_block(block)
             entries |= block.entries()
     return entries
+
+
+def _open_journal(
+    writer: CheckpointWriter,
+    fingerprint: Mapping[str, str],
+    block_names: tuple[str, ...],
+    progress: Progress,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Journal:
+    if resume:
+        return Journal.go_on(writer, fingerprint, block_names, progress.say)
+    try:
+        return Journal(writer, fingerprint, replaces_output=overwrite)
+    except OutputError:
+        writer.abort()  # nothing is lost, and what is left could not be gone on with
+        raise
 
 
 @contextmanager
