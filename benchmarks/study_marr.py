@@ -50,7 +50,7 @@ class Capture:
 
     def solve(self, problem: Problem) -> Solution:
         # A float32 model's weight is the parameter itself, which the engine overwrites.
-        PROBLEMS[problem.site.name] = replace(problem, weight=problem.weight.clone(), _known=[])
+        PROBLEMS[problem.site.name] = replace(problem, weight=problem.weight.clone(), _known={})
         return Marr(form=self.form).solve(problem)
 
 

@@ -3,7 +3,7 @@
 A reader of this file and of `pipeline/quantize.py` knows the system.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -77,15 +77,15 @@ class Problem:
     fit: Moments | None = None
     held_out: Moments | None = None
     everything: Moments | None = None
-    _known: list[tuple[Tensor, QuantSpec, QParams]] = field(default_factory=list, repr=False, compare=False)
+    _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def qparams(self) -> QParams:
         """Return scales chosen on the weight alone, searched once for all copies of this problem made by `replace`."""
-        for weight, spec, qparams in self._known:
-            if weight is self.weight and spec == self.spec:
-                return qparams
-        chosen = choose_qparams(self.weight, self.spec)
-        self._known.append((self.weight, self.spec, chosen))
+        # The weight is kept beside its answer, so that its id cannot become another's.
+        key = (id(self.weight), self.spec)
+        if key not in self._known:
+            self._known[key] = (self.weight, choose_qparams(self.weight, self.spec))
+        chosen: QParams = self._known[key][1]
         return chosen
 
 
