@@ -15,6 +15,7 @@ from bitmend.formats.safetensors_file import (
     copy_chunks,
     expect_record,
     header_text,
+    modules_with,
     parse_json,
     read_header,
     sha256_of,
@@ -172,3 +173,10 @@ def test_a_tensor_that_must_be_there():
             expect_record(records, "a", (torch.int32,), shape)
     with pytest.raises(CheckpointError, match="empty must be int32 of shape"):
         expect_record(records, "empty", (torch.int32,), (None, 3))
+
+
+def test_modules_are_found_by_the_names_of_their_tensors():
+    record = TensorRecord(torch.int32, (1,), 0, 4)
+    records = dict.fromkeys(("b.qweight", "a.c.qzeros", "b.qzeros", "a.weight", "qweightless", "a.c.qweight"), record)
+    assert modules_with(records, ("qweight", "qzeros")) == ["b", "a.c"]
+    assert modules_with(records, ("scales",)) == []

@@ -21,7 +21,7 @@ from torch import Tensor
 from bitmend.errors import CheckpointError
 from bitmend.formats.affine import SCALE_DTYPES, AffineWeight, finite_scale
 from bitmend.formats.read_gptq import CODES, SCALES, ZERO_POINTS
-from bitmend.formats.safetensors_file import TensorRecord, expect_record
+from bitmend.formats.safetensors_file import TensorRecord, expect_record, modules_with
 from bitmend.packing.interleaved import unpack_interleaved
 
 _CODES_IN_WORD = 8
@@ -68,11 +68,7 @@ def awq_layers(records: Mapping[str, TensorRecord], config: Mapping[str, Any]) -
             missing or of impossible types or shapes.
     """
     group_size = _group_size(config)
-    layers = {}
-    for key in records:
-        name, _, leaf = key.rpartition(".")
-        if leaf in (CODES, ZERO_POINTS) and name not in layers:
-            layers[name] = _layer(records, name, group_size)
+    layers = {name: _layer(records, name, group_size) for name in modules_with(records, (CODES, ZERO_POINTS))}
     if not layers:
         raise CheckpointError(
             "quantization_config announces AWQ, but no tensor is called qweight; give the complete folder"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bitmend.errors import CheckpointError
 from bitmend.formats.affine import SCALE_DTYPES, AffineWeight, finite_scale, group_tensor_or_none, valid_groups
-from bitmend.formats.safetensors_file import TensorRecord, expect_record
+from bitmend.formats.safetensors_file import TensorRecord, expect_record, modules_with
 from bitmend.packing.bits import num_words, unpack_codes
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
 
@@ -90,11 +90,10 @@ def compressed_tensors_layers(
             "transform_config and sparsity_config must be empty in a compressed-tensors checkpoint that bitmend reads: "
             "with them the stored weights alone are not the model's; got some"
         )
-    layers = {}
-    for key in records:
-        name, _, leaf = key.rpartition(".")
-        if leaf in (WORDS, ZERO_WORDS) and name not in layers:
-            layers[name] = _layer(records, name, scheme_of(name, config), tensors)
+    layers = {
+        name: _layer(records, name, scheme_of(name, config), tensors)
+        for name in modules_with(records, (WORDS, ZERO_WORDS))
+    }
     if not layers:
         raise CheckpointError(
             f"quantization_config announces compressed-tensors, but no tensor is called {WORDS}; bitmend reads the "

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bitmend.errors import CheckpointError
 from bitmend.formats.affine import SCALE_DTYPES, AffineWeight, finite_scale, group_tensor_or_none, valid_groups
-from bitmend.formats.safetensors_file import TensorRecord, expect_record
+from bitmend.formats.safetensors_file import TensorRecord, expect_record, modules_with
 from bitmend.packing.bits import unpack_codes
 
 GPTQ_BITS = (2, 3, 4, 8)
@@ -143,11 +143,7 @@ def gptq_layers(records: Mapping[str, TensorRecord], config: GptqConfig) -> dict
     Raises:
         CheckpointError: no such layer, or tensors that are missing, left over or of impossible types or shapes.
     """
-    layers = {}
-    for key in records:
-        name, _, leaf = key.rpartition(".")
-        if leaf in (CODES, ZERO_POINTS) and name not in layers:
-            layers[name] = _layer(records, name, config)
+    layers = {name: _layer(records, name, config) for name in modules_with(records, (CODES, ZERO_POINTS))}
     if not layers:
         raise CheckpointError(
             "quantization_config announces GPTQ, but no tensor is called qweight; give the complete folder"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,6 +124,12 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def modules_with(records: Mapping[str, TensorRecord], leaves: Collection[str]) -> list[str]:
+    """Return the modules that have a tensor of one of these names, each once, in the order of the files."""
+    split = (key.rpartition(".") for key in records)
+    return list(dict.fromkeys(module for module, _, leaf in split if leaf in leaves))
 
 
 def expect_record(

@@ -51,7 +51,7 @@ FLAT = 1e-5
 @SOLVERS.register("marr", paper="arXiv:2605.17997")
 @dataclass(frozen=True)
 class Marr:
-    """GPTAQ-like rounding whose residual strength each matrix finds for itself, by a PID loop on held-out error.
+    """GPTQ with a residual correction whose strength each matrix finds for itself, by a PID loop on held-out error.
 
     Attributes:
         form: how the residual is repaired; see `linalg.strength`.

@@ -3,6 +3,8 @@
 The plain rival of MARR's loop (arXiv:2605.17997): all strengths of the grid are solved in one stacked sweep, measured on
 held-out moments, and the best is kept. Symbols and forms as in `linalg.strength`.
 
+Scales of a moved target are interpolated, and kept by the refit, as `marr` does it.
+
 Cost: one sweep over as many stacked copies as the grid has points, as many (out, in) x (in, in) products, one refit sweep.
 """
 
@@ -21,7 +23,7 @@ from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
 @SOLVERS.register("strength_grid", paper="ours, against arXiv:2605.17997")
 @dataclass(frozen=True)
 class StrengthGrid:
-    """GPTAQ-like rounding whose residual strength is the best of a fixed grid on held-out rows, for each matrix.
+    """GPTQ with a residual correction whose strength is the best of a fixed grid on held-out rows, for each matrix.
 
     Attributes:
         form: how the residual is repaired; see `linalg.strength`.
