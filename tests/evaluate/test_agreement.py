@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmend.evaluate import perplexity as chunking
-from bitmend.evaluate.agreement import kl_divergence, summarise, top1_agreement
+from bitmend.evaluate.agreement import kl_divergence, score_tokens, summarise, top1_agreement
+from bitmend.evaluate.perplexity import negative_log_likelihood
 
 
 def pair(tokens, vocabulary, seed, distance=1.0):
@@ -66,6 +67,20 @@ def test_the_float32_floor_is_below_1e_7_on_a_real_vocabulary():
     log_p, log_q = reference.double().log_softmax(1), model.double().log_softmax(1)
     error = kl_divergence(reference, model) - (log_p.exp() * (log_p - log_q)).sum(1)
     assert error.abs().max() < 1e-7
+
+
+@given(**sizes)
+def test_one_softmax_serves_all_scores(tokens, vocabulary, seed):
+    reference, model = pair(tokens, vocabulary, seed)
+    kept = reference.clone(), model.clone()
+    targets = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
+    scores = score_tokens(reference, model, targets)
+    assert torch.equal(scores.kl, kl_divergence(reference, model))
+    assert torch.equal(scores.agrees, top1_agreement(reference, model))
+    for losses, logits in ((scores.loss, model), (scores.reference_loss, reference)):
+        torch.testing.assert_close(losses, negative_log_likelihood(logits, targets), rtol=0, atol=2e-6)
+    assert torch.equal(reference, kept[0])
+    assert torch.equal(model, kept[1])
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 9))

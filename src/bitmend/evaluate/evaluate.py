@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from bitmend.errors import RequestError
-from bitmend.evaluate.agreement import AgreementSummary, kl_divergence, summarise, top1_agreement
+from bitmend.evaluate.agreement import AgreementSummary, score_tokens, summarise
 from bitmend.evaluate.load import LoadedModel, check_context, load_model
 from bitmend.evaluate.perplexity import negative_log_likelihood, perplexity
 from bitmend.evaluate.reference import Reference, ReferenceLogits, check_same_tokens, run_model
@@ -147,18 +147,23 @@ def _score_text(
     for chunk in settings.progress.track(slices, f"{model.name} on {windows.file}", len(slices)):
         ids = windows.ids[chunk]
         logits = run_model(model, ids)
-        losses.append(_window_losses(logits, ids))
-        if reference is not None:
-            if reference.vocabulary != logits.shape[-1]:
-                raise RequestError(
-                    f"{model.name}: the reference's vocabulary of {reference.vocabulary} words is required, but the "
-                    f"model has {logits.shape[-1]}; compare a model with the one it was made from"
-                )
-            answer = reference.batch(chunk).to(logits.device)
-            reference_losses.append(_window_losses(answer, ids))
-            wanted, given = answer.flatten(0, 1), logits.flatten(0, 1)
-            kl.append(kl_divergence(wanted, given).reshape(ids.shape).cpu())
-            agrees.append(top1_agreement(wanted, given).reshape(ids.shape).cpu())
+        # The last token of a window predicts nothing here. It is scored, too, and dropped: to copy the logits of all others
+        # would take longer.
+        targets = ids.roll(-1, 1).flatten().to(logits.device)
+        given = logits.flatten(0, 1)
+        if reference is None:
+            losses.append(_predictions(negative_log_likelihood(given, targets), ids))
+            continue
+        if reference.vocabulary != logits.shape[-1]:
+            raise RequestError(
+                f"{model.name}: the reference's vocabulary of {reference.vocabulary} words is required, but the "
+                f"model has {logits.shape[-1]}; compare a model with the one it was made from"
+            )
+        scores = score_tokens(reference.batch(chunk).to(logits.device).flatten(0, 1), given, targets)
+        losses.append(_predictions(scores.loss, ids))
+        reference_losses.append(_predictions(scores.reference_loss, ids))
+        kl.append(scores.kl.reshape(ids.shape).cpu())
+        agrees.append(scores.agrees.reshape(ids.shape).cpu())
     loss = torch.cat(losses)
     # Without a reference every field of the comparison is there, and None.
     agreement: dict[str, Any] = dict.fromkeys(field.name for field in fields(AgreementSummary))
@@ -178,8 +183,6 @@ def _score_text(
     )
 
 
-def _window_losses(
-    logits: Float[Tensor, "window token vocabulary"], ids: Int64[Tensor, "window token"]
-) -> Float[Tensor, " prediction"]:
-    targets = ids[:, 1:].to(logits.device)
-    return negative_log_likelihood(logits[:, :-1].flatten(0, 1), targets.flatten()).cpu()
+def _predictions(loss: Float[Tensor, " scored"], ids: Int64[Tensor, "window token"]) -> Float[Tensor, " prediction"]:
+    """Return the losses of the tokens that a next one follows in their window."""
+    return loss.reshape(ids.shape)[:, :-1].flatten().cpu()
