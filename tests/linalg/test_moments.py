@@ -76,3 +76,19 @@ def test_a_factor_is_computed_once_for_each_setting():
     assert means.inverse_factor(0.01, "natural") is means.inverse_factor(0.01, "natural")
     assert means.inverse_factor(0.02, "natural") is not means.inverse_factor(0.01, "natural")
     assert len(means.factors) == 2
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 200, 511, 513, 700])
+def test_symmetric_moments_equal_the_whole_product_and_are_symmetric_to_the_bit(width):
+    x = torch.randn(40, width, generator=GENERATOR)
+    x_fp = x + 0.1 * torch.randn(40, width, generator=GENERATOR)
+    total = MomentSums(width, cross=True, residual=True, device=x.device)
+    total.add_(x[:30], x_fp[:30])
+    total.means()  # a look in between changes nothing
+    total.add_(x[30:], x_fp[30:])
+    means = total.means()
+    dx = (x_fp - x).double()
+    for ours, exact in ((means.G, x.double().T @ x.double()), (means.D, dx.T @ dx)):
+        assert torch.equal(ours, ours.T)
+        torch.testing.assert_close(ours, exact / 40, rtol=1e-5, atol=1e-6)
+    assert torch.equal(means.G, total.means().G)

@@ -12,7 +12,7 @@ They are sufficient for every closed-form objective of a linear layer: with W th
 Products are taken in float32 a chunk of tokens at a time, sums are kept in float64.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ from bitmend.numerics.products import linear
 
 ResultT = TypeVar("ResultT")
 CHUNK_TOKENS = 4096
+PANEL = 128  # rows of a symmetric product that are computed at once; thinner ones pay off where the whole is small
+SMALL_PANEL, SMALL_WIDTH = 64, 512
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def merge(first: Moments, second: Moments) -> Moments:
 class MomentSums:
     """Running sums from which `Moments` are made.
 
-    Cost: 2 T I^2 operations a moment for T tokens of width I; 8 I^2 bytes a moment.
+    Cost: for T tokens of width I, T I^2 operations for G and for D, which are symmetric, and 2 T I^2 for C; 8 I^2 bytes each.
     """
 
     def __init__(self, width: int, *, cross: bool, residual: bool, device: torch.device) -> None:
@@ -118,19 +120,42 @@ class MomentSums:
         for start in range(0, len(x), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             inputs = x[rows].float().T.contiguous()
-            self.G += linear(inputs, inputs)
+            _add_upper_half(self.G, inputs)
             if x_fp is not None and (self.C is not None or self.D is not None):
                 residual = x_fp[rows].float().T - inputs
                 if self.C is not None:
                     self.C += linear(residual, inputs)
                 if self.D is not None:
-                    self.D += linear(residual, residual)
+                    _add_upper_half(self.D, residual)
         self.num_tokens += len(x)
 
     def means(self) -> Moments:
         """Return the moments of all tokens added so far (at least one)."""
+        _mirror(self.G)
+        if self.D is not None:
+            _mirror(self.D)
 
         def mean(total: Tensor | None) -> Tensor | None:
             return None if total is None else total / self.num_tokens
 
         return Moments(self.G / self.num_tokens, mean(self.C), mean(self.D), self.num_tokens)
+
+
+def _panels(width: int) -> Iterator[slice]:
+    size = SMALL_PANEL if width < SMALL_WIDTH else PANEL
+    for start in range(0, width, size):
+        yield slice(start, min(start + size, width))
+
+
+def _add_upper_half(total: Float[Tensor, "in in"], x: Float[Tensor, "in token"]) -> None:
+    """Add x x^T, on and above the diagonal (and a little below it, inside the panels on the diagonal)."""
+    for rows in _panels(len(total)):
+        total[rows, rows.start :] += linear(x[rows], x[rows.start :])
+
+
+def _mirror(total: Float[Tensor, "in in"]) -> None:
+    """Copy what is above the diagonal to below it."""
+    for rows in _panels(len(total)):
+        corner = total[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        total[rows.stop :, rows] = total[rows, rows.stop :].T
