@@ -5,12 +5,14 @@
     python benchmarks/study_marr.py swap  --model books-7m --bits 3 --group-size -1 --output out/swap-w3
     python benchmarks/study_marr.py aim   --model books-7m --bits 2 --group-size 64 --output out/aim-w2
     python benchmarks/study_marr.py forms --model books-7m --bits 2 --group-size 64 --output out/forms-w2
+    python benchmarks/study_marr.py tokens --model books-7m --bits 2 --group-size 64 --output out/tokens-w2
 
 `loops`: how the loops ended, overshoot, plant gain, strengths by kind and depth of layer. `gains`: the same matrices (their
 moments are kept from one run) solved again under other gains. `swap`: the same strengths shuffled among the matrices, or all
 set to their mean, against those found; KL. `aim`: on ten matrices, held-out error and KL of the whole model as functions of
 the strength of that matrix alone. `forms`: the same matrices solved by each form at several strengths: held-out error beside
-how far the weights move, and how many codes lie at an end of the grid. KL is on books-validation. All write
+how far the weights move, and how many codes lie at an end of the grid. `tokens`: which tokens the errors of some matrices lie
+on, at several strengths: all of them, the 1 % with the largest inputs, the others, and each token by its own energy. KL is on books-validation. All write
 OUTPUT/result.json and print Markdown.
 """
 
@@ -31,6 +33,7 @@ import torch
 import bitmend
 from bitmend import assets
 from bitmend.evaluate.load import LoadedModel, load_model
+from bitmend.evaluate.windows import read_windows
 from bitmend.linalg.strength import StrengthMeter, StrengthSolver
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 from bitmend.solvers.marr import Marr
@@ -277,6 +280,50 @@ def aim(study):
         )
 
 
+def tokens(study):
+    """Tell which tokens the error of some matrices lies on, at several strengths, in a model quantised by marr."""
+    chosen = [f"model.layers.{place}" for place in study.options.sites]
+    study.quantise("study_scan", form=study.options.form, sites=chosen)
+    quantised = load_model(study.options.output / "model", "cpu", torch.float32)
+    full = load_model(assets.path(study.options.model), "cpu", torch.float32)
+    windows = read_windows(
+        assets.path("books-validation"), full.tokenizer, windows=study.options.windows, window_length=512
+    )
+    print(
+        "| matrix | energy of inputs on 1 % of tokens | strength | error | on that 1 % | on the others | by each token's own energy | KL |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, points in SCANS.items():
+        x_q, x_fp = (inputs_of(model, name, windows) for model in (quantised, full))
+        wanted = torch.nn.functional.linear(x_fp, full.model.get_submodule(name).weight)
+        energy, inputs = wanted.square().sum(1), x_fp.square().sum(1)
+        large = inputs >= inputs.kthvalue(len(inputs) - len(inputs) // 100).values
+        share = float(inputs[large].sum() / inputs.sum())
+        layer = quantised.model.get_submodule(name)
+        for point in points:
+            error = (torch.nn.functional.linear(x_q, point["weight"]) - wanted).square().sum(1)
+            parts = [error.sum() / energy.sum(), error[large].sum() / energy.sum(), error[~large].sum() / energy.sum()]
+            parts = [float(part) for part in (*parts, (error / energy).mean())]
+            with replaced(layer, point.pop("weight")):
+                kl = study.kl(LoadedModel("scan", quantised.model, quantised.tokenizer))
+            point |= {"errors": parts, "kl": kl}
+            cells = " | ".join(f"{part:.4f}" for part in parts)
+            print(f"| {name} | {share:.2f} | {point['strength']:.2f} | {cells} | {kl:.5f} |", flush=True)
+        study.result[name] = {"share": share, "points": points}
+
+
+@torch.no_grad()
+def inputs_of(loaded, name, windows):
+    """Return what a layer reads on all windows, one row a token."""
+    seen = []
+    layer = loaded.model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, 1).clone()))
+    for chunk in windows.batches(8):
+        loaded.model(input_ids=windows.ids[chunk], use_cache=False, logits_to_keep=1)
+    hook.remove()
+    return torch.cat(seen)
+
+
 def forms(study):
     """Solve the matrices of one run by every form at several strengths."""
     study.quantise("study_capture", form=study.options.form)
@@ -341,10 +388,13 @@ def site_names(study):
     return [site.name for block in report.blocks for site in block.sites][3:]
 
 
+PARTS = {"loops": loops, "gains": gains, "swap": swap, "aim": aim, "forms": forms, "tokens": tokens}
+
+
 def main():
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=("loops", "gains", "swap", "aim", "forms"))
+    parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="books-7m")
     parser.add_argument("--bits", type=int, required=True)
@@ -353,10 +403,12 @@ def main():
     parser.add_argument("--draw", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--windows", type=int, default=40)
+    places = ["3.mlp.down_proj", "4.mlp.down_proj", "3.self_attn.k_proj", "4.self_attn.q_proj", "2.mlp.gate_proj"]
+    parser.add_argument("--sites", nargs="+", default=places, help="for tokens: matrices, without model.layers.")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     study = Study(options)
-    {"loops": loops, "gains": gains, "swap": swap, "aim": aim, "forms": forms}[options.part](study)
+    PARTS[options.part](study)
     study.finish()
 
 
