@@ -12,7 +12,8 @@ moments are kept from one run) solved again under other gains. `swap`: the same 
 set to their mean, against those found; KL. `aim`: on ten matrices, held-out error and KL of the whole model as functions of
 the strength of that matrix alone. `forms`: the same matrices solved by each form at several strengths: held-out error beside
 how far the weights move, and how many codes lie at an end of the grid. `tokens`: which tokens the errors of some matrices lie
-on, at several strengths: all of them, the 1 % with the largest inputs, the others, and each token by its own energy. KL is on books-validation. All write
+on, at several strengths: all of them, the 1 % with the largest inputs, the others, and each token by its own energy. KL is on
+books-validation. All write
 OUTPUT/result.json and print Markdown.
 """
 
@@ -290,7 +291,8 @@ def tokens(study):
         assets.path("books-validation"), full.tokenizer, windows=study.options.windows, window_length=512
     )
     print(
-        "| matrix | energy of inputs on 1 % of tokens | strength | error | on that 1 % | on the others | by each token's own energy | KL |"
+        "| matrix | energy of inputs on 1 % of tokens | strength | error | on that 1 % | on the others "
+        "| by each token's own energy | KL |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, points in SCANS.items():
