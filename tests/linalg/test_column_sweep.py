@@ -7,7 +7,7 @@ from bitmend.linalg.cholesky import factor_inverse
 from bitmend.linalg.column_sweep import Residual, UniformRounder, column_sweep
 from bitmend.numerics.granularity import PerChannel, PerGroup
 from bitmend.numerics.observers import choose_qparams
-from bitmend.numerics.qtensor import QParams, QuantSpec
+from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 
 ROWS, COLUMNS = 7, 24
@@ -22,7 +22,7 @@ def case():
     spec = QuantSpec(UniformGrid(3, symmetric=True), PerGroup(8))
     P = 0.05 * torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64).triu(1)
     return SimpleNamespace(
-        W=W, spec=spec, qparams=choose_qparams(W.float(), spec), factor=factor_inverse(G, 0.01, "diagonal"), P=P
+        W=W, spec=spec, qparams=choose_qparams(W.float(), spec), G=G, factor=factor_inverse(G, 0.01, "diagonal"), P=P
     )
 
 
@@ -68,6 +68,13 @@ def test_the_weight_is_not_changed(case):
     before = case.W.clone()
     sweep(case, case.W, case.qparams)
     assert torch.equal(before, case.W)
+
+
+def test_the_error_it_tells_is_that_of_each_row(case):
+    rounder = UniformRounder(case.qparams, case.spec, (ROWS, COLUMNS), case.W.dtype)
+    told = column_sweep(case.W, case.factor, rounder)
+    E = QTensor(rounder.codes(), case.qparams, case.spec).dequantize(torch.float64) - case.W
+    torch.testing.assert_close(told, ((E @ case.factor.damped(case.G)) * E).sum(1), rtol=1e-5, atol=0)
 
 
 def test_one_column():

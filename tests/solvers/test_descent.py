@@ -108,13 +108,13 @@ def test_rows_are_solved_some_at_a_time(make_layer, monkeypatch):
     problem = make_layer(out=12, width=16).problem
     whole = Descent().solve(problem).qtensor
     sizes = []
-    original = descent.round_columns
+    original = descent.column_sweep
 
     def seen(stacked, *arguments):
         sizes.append(len(stacked))
         return original(stacked, *arguments)
 
-    monkeypatch.setattr(descent, "round_columns", seen)
+    monkeypatch.setattr(descent, "column_sweep", seen)
     monkeypatch.setattr(descent, "STACKED_ENTRIES", 7 * 16 * 5)
     pieces = Descent().solve(problem).qtensor
     assert sizes == [35, 35, 14]

@@ -92,8 +92,8 @@ def column_sweep(
     residuals: Sequence[Residual] = (),
     leaf_columns: int = LEAF_COLUMNS,
     lazy_block: int | None = None,
-) -> None:
-    """Round all columns of `weight` in the order of `factor`; the result is what `rounder` remembers.
+) -> Float[Tensor, " rows"]:
+    """Round all columns of `weight` in the order of `factor`; the rounded matrix is what `rounder` remembers.
 
     Args:
         weight: the matrix (or several candidates of it, one below the other); not changed. Its dtype is the one that the
@@ -105,6 +105,9 @@ def column_sweep(
             floating-point summation order).
         lazy_block: None for the exact answer; a width reproduces public code that forgets the unrounded columns at the
             end of each block of that width.
+
+    Returns:
+        The sum of e_k^2 of each row: without residual terms that is its error (q - w) H (q - w)^T, H the damped moment.
 
     Cost: rows * in^2 / 2 multiply-adds, as much again for each residual term; one copy of the weight and one of the errors.
     """
@@ -123,11 +126,12 @@ def column_sweep(
     )
     if lazy_block is None:
         state.run(0, len(columns))
-        return
+        return state.row_errors()
     for start in range(0, len(columns), lazy_block):
         stop = min(start + lazy_block, len(columns))
         state.run(start, stop)
         state.push(start, stop, len(columns), rounded=True)
+    return state.row_errors()
 
 
 def round_columns(
@@ -168,6 +172,10 @@ class _Sweep:
         self.run(start, middle)
         self.push(start, middle, stop)
         self.run(middle, stop)
+
+    def row_errors(self) -> Tensor:
+        """Return the sum of squared errors of each row, once all columns are finished."""
+        return torch.linalg.vector_norm(self.errors, dim=0).square()
 
     def _run_leaf(self, start: int, stop: int) -> None:
         for k in range(start, stop):

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from bitmend.errors import RecipeError
 from bitmend.linalg.cholesky import Damping, InverseFactor
-from bitmend.linalg.column_sweep import round_columns
-from bitmend.linalg.coordinate_descent import descend_codes, refit_scales, row_objectives, select_rows
+from bitmend.linalg.column_sweep import UniformRounder, column_sweep
+from bitmend.linalg.coordinate_descent import descend_codes, judge, refit_scales, select_rows
 from bitmend.linalg.residual import target_shift
 from bitmend.numerics.granularity import PerTensor
 from bitmend.numerics.observers import choose_qparams, stored_scales
@@ -82,42 +82,41 @@ class Descent:
         shift = target_shift(problem.weight, moments, factor)
         target = (problem.weight.double() + self.residual_strength * shift).to(problem.weight.dtype)
         H = factor.damped(moments.G)
-        stages = list(self._start(target, factor, spec, H))
+        plain, start = self._start(target, factor, spec)
+        stage = judge(start, target, H)
+        objectives = [plain, float(stage.objectives.sum())]
         for _ in range(self.rounds):
-            stages.append(refit_scales(descend_codes(stages[-1], target, H, self.sweeps), target, H))
-        stages.append(descend_codes(stages[-1], target, H, self.sweeps))
-        objectives = [float(row_objectives(stage, target, H).sum()) for stage in stages]
+            stage = refit_scales(descend_codes(stage, target, H, self.sweeps), target, H)
+            objectives.append(float(stage.objectives.sum()))
+        stage = descend_codes(stage, target, H, self.sweeps)
+        objectives.append(float(stage.objectives.sum()))
         diagnostics = {
             "residual_strength": self.residual_strength,
             "objective": [objective / objectives[0] if objectives[0] else 1.0 for objective in objectives],
             "damping": factor.damping,
             "dead_columns": factor.dead_columns,
         }
-        return Solution(stages[-1], diagnostics)
+        return Solution(stage.qtensor, diagnostics)
 
-    def _start(
-        self,
-        target: Float[Tensor, "out in"],
-        factor: InverseFactor,
-        spec: QuantSpec,
-        H: Float[Tensor, "in in"],
-    ) -> tuple[QTensor, QTensor]:
-        """Return GPTQ's answer for the first scale factor, and that where each row has its best factor."""
+    def _start(self, target: Float[Tensor, "out in"], factor: InverseFactor, spec: QuantSpec) -> tuple[float, QTensor]:
+        """Return f of GPTQ's answer for the first scale factor, and the answer where each row has its best factor."""
         base = choose_qparams(target, spec)
         rows = max(1, STACKED_ENTRIES // (target.shape[1] * len(self.scale_factors)))
-        plain, chosen = [], []
+        first, chosen = 0.0, []
         for start in range(0, len(target), rows):
             part = target[start : start + rows]
-            candidates = self._solve_candidates(part, factor, spec, base.of_rows(slice(start, start + rows)))
-            plain.append(candidates[0])
-            chosen.append(select_rows(candidates, part, H))
-        return stack_rows(plain), stack_rows(chosen)
+            candidates, errors = self._solve_candidates(part, factor, spec, base.of_rows(slice(start, start + rows)))
+            first += float(errors[0].double().sum())
+            chosen.append(select_rows(candidates, errors))
+        return first, stack_rows(chosen)
 
     def _solve_candidates(
         self, target: Float[Tensor, "out in"], factor: InverseFactor, spec: QuantSpec, base: QParams
-    ) -> list[QTensor]:
-        """Return GPTQ's answer for each scale factor, from one stacked sweep."""
+    ) -> tuple[list[QTensor], Float[Tensor, "factor out"]]:
+        """Return GPTQ's answer for each scale factor and f of its rows, both from one stacked sweep."""
         scaled = [QParams(stored_scales(base.scale * times, spec), base.zero_point) for times in self.scale_factors]
-        stacked = target.repeat(len(scaled), 1)
-        solved = round_columns(stacked, factor, stack_qparams(scaled), spec)
-        return [solved.rows(start, start + len(target)) for start in range(0, len(stacked), len(target))]
+        stacked, qparams = target.repeat(len(scaled), 1), stack_qparams(scaled)
+        rounder = UniformRounder(qparams, spec, (len(stacked), stacked.shape[1]), stacked.dtype)
+        errors = column_sweep(stacked, factor, rounder).reshape(len(scaled), len(target))
+        solved = QTensor(rounder.codes(), qparams, spec)
+        return [solved.rows(start, start + len(target)) for start in range(0, len(stacked), len(target))], errors
