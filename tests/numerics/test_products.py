@@ -66,3 +66,19 @@ def test_unusual_arguments_are_left_to_torch():
     assert torch.equal(linear(x, weight[0]), torch.nn.functional.linear(x, weight[0]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(products._ONEDNN_LINEAR is None, reason="this build of torch has no oneDNN")
+def test_parts_of_other_tensors_are_copied_first(monkeypatch):
+    """oneDNN multiplies them by a reference loop, a thousand times slower; the answer is right either way."""
+    original, seen = products._ONEDNN_LINEAR, []
+
+    def spy(inputs, weight, *rest):
+        seen.append(inputs.is_contiguous() and weight.is_contiguous())
+        return original(inputs, weight, *rest)
+
+    monkeypatch.setattr(products, "_ONEDNN_LINEAR", spy)
+    x = torch.randn(12, 10)
+    for inputs, weight in ((x[:, 2:6], x[3:7, 1:5]), (x.T[:4], x.T[4:]), (x.T, x.T)):
+        assert_close(linear(inputs, weight), inputs.double() @ weight.double().T)
+    assert seen == [True] * 3

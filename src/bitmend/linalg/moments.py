@@ -122,7 +122,7 @@ class MomentSums:
             inputs = x[rows].float().T.contiguous()
             _add_upper_half(self.G, inputs)
             if x_fp is not None and (self.C is not None or self.D is not None):
-                residual = x_fp[rows].float().T - inputs
+                residual = x_fp[rows].float().T.contiguous() - inputs
                 if self.C is not None:
                     self.C += linear(residual, inputs)
                 if self.D is not None:

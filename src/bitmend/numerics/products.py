@@ -25,7 +25,8 @@ def linear(
     usual = weight.ndim == 2 and inputs.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
     if _ONEDNN_LINEAR is None or not plain or not usual or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(inputs, weight, bias)
-    result: Tensor = _ONEDNN_LINEAR(inputs, weight, bias, "none", [], "")
+    # oneDNN takes parts of other tensors, too, but by a reference loop that is a thousand times slower than a copy.
+    result: Tensor = _ONEDNN_LINEAR(inputs.contiguous(), weight.contiguous(), bias, "none", [], "")
     return result
 
 
