@@ -6,6 +6,7 @@
     python benchmarks/study_marr.py aim   --model books-7m --bits 2 --group-size 64 --output out/aim-w2
     python benchmarks/study_marr.py forms --model books-7m --bits 2 --group-size 64 --output out/forms-w2
     python benchmarks/study_marr.py tokens --model books-7m --bits 2 --group-size 64 --output out/tokens-w2
+    python benchmarks/study_marr.py ends   --model books-7m --bits 2 --group-size 64 --output out/ends-w2
 
 `loops`: how the loops ended, overshoot, plant gain, strengths by kind and depth of layer. `gains`: the same matrices (their
 moments are kept from one run) solved again under other gains. `swap`: the same strengths shuffled among the matrices, or all
@@ -13,8 +14,8 @@ set to their mean, against those found; KL. `aim`: on ten matrices, held-out err
 the strength of that matrix alone. `forms`: the same matrices solved by each form at several strengths: held-out error beside
 how far the weights move, and how many codes lie at an end of the grid. `tokens`: which tokens the errors of some matrices lie
 on, at several strengths: all of them, the 1 % with the largest inputs, the others, and each token by its own energy. KL is on
-books-validation. All write
-OUTPUT/result.json and print Markdown.
+books-validation. `ends`: the error of the last hidden state beside the divergence, on the calibration text and on others, for
+gptq and both forms of marr. All write OUTPUT/result.json and print Markdown.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import torch
 
 import bitmend
 from bitmend import assets
+from bitmend.evaluate.agreement import kl_divergence
 from bitmend.evaluate.load import LoadedModel, load_model
 from bitmend.evaluate.windows import read_windows
 from bitmend.linalg.strength import StrengthMeter, StrengthSolver
@@ -297,7 +299,7 @@ def tokens(study):
     print("|---|---|---|---|---|---|---|---|")
     for name, points in SCANS.items():
         x_q, x_fp = (inputs_of(model, name, windows) for model in (quantised, full))
-        wanted = torch.nn.functional.linear(x_fp, full.model.get_submodule(name).weight)
+        wanted = torch.nn.functional.linear(x_fp, full.model.get_submodule(name).weight.detach())
         energy, inputs = wanted.square().sum(1), x_fp.square().sum(1)
         large = inputs >= inputs.kthvalue(len(inputs) - len(inputs) // 100).values
         share = float(inputs[large].sum() / inputs.sum())
@@ -312,6 +314,46 @@ def tokens(study):
             cells = " | ".join(f"{part:.4f}" for part in parts)
             print(f"| {name} | {share:.2f} | {point['strength']:.2f} | {cells} | {kl:.5f} |", flush=True)
         study.result[name] = {"share": share, "points": points}
+
+
+def ends(study):
+    """Tell how the error of the last hidden state and the divergence go together, on several texts."""
+    settings = {"gptq": ("gptq", {}), "gptaq 0.25": ("gptaq", {}), "gptaq 0.75": ("gptaq", {"residual_strength": 0.75})}
+    settings |= {"marr, gptaq form": ("marr", {"form": "gptaq"}), "marr": ("marr", {"form": "shift"})}
+    full = load_model(assets.path(study.options.model), "cpu", torch.float32)
+    head = full.model.get_output_embeddings()
+    norm = full.model.model.norm
+    print(
+        "| method | text | hidden error | after the norm, by token | its part along the hidden state | first 4 tokens | KL "
+        "| without the worst 1 % of tokens |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (solver, keys) in settings.items():
+        study.quantise(solver, **keys)
+        quantised = load_model(study.options.output / "model", "cpu", torch.float32)
+        for text in ("books-calibration", "books-validation", "wikitext2-valid"):
+            windows = read_windows(assets.path(text), full.tokenizer, windows=study.options.windows, window_length=512)
+            x_q, x_fp = (inputs_of(model, "model.norm", windows) for model in (quantised, full))
+            with torch.no_grad():
+                y_q, y_fp = quantised.model.model.norm(x_q), norm(x_fp)
+                kl = torch.cat(
+                    [kl_divergence(head(a), head(b)) for a, b in zip(y_fp.split(512), y_q.split(512), strict=True)]
+                )
+            error = y_q - y_fp
+            along = (error * y_fp).sum(1).square() / y_fp.square().sum(1)
+            first = (torch.arange(len(x_q)) % 512) < 4
+            squares = (x_q - x_fp).square().sum(1)
+            numbers = {
+                "hidden": squares.sum() / x_fp.square().sum(),
+                "by_token": (error.square().sum(1) / y_fp.square().sum(1)).mean(),
+                "along": along.sum() / error.square().sum(),
+                "first": squares[first].sum() / squares.sum(),
+                "kl": kl.mean(),
+                "kl_rest": kl.sort().values[: len(kl) - len(kl) // 100].mean(),
+            }
+            study.result[f"{name}, {text}"] = numbers = {key: float(value) for key, value in numbers.items()}
+            cells = " | ".join(f"{value:.4f}" for value in numbers.values())
+            print(f"| {name} | {text} | {cells} |", flush=True)
 
 
 @torch.no_grad()
@@ -390,7 +432,7 @@ def site_names(study):
     return [site.name for block in report.blocks for site in block.sites][3:]
 
 
-PARTS = {"loops": loops, "gains": gains, "swap": swap, "aim": aim, "forms": forms, "tokens": tokens}
+PARTS = {"loops": loops, "gains": gains, "swap": swap, "aim": aim, "forms": forms, "tokens": tokens, "ends": ends}
 
 
 def main():
