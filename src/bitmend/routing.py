@@ -19,8 +19,6 @@ RareChoice = Literal["pool", "rtn", "refuse"]
 class Expert:
     """Where a group of sites stands among the experts of a block.
 
-    Groups of the same `experts` and `step` do not depend on each other, so they are measured together.
-
     Attributes:
         experts: path in the block of the module that holds the experts.
         number: which of them.
@@ -50,9 +48,14 @@ class RareExperts:
     choice: RareChoice = "pool"
     min_tokens: int | None = None
 
-    def required(self, width: int) -> int:
-        """Return how many tokens of the fit split a matrix with `width` inputs needs."""
-        return width if self.min_tokens is None else self.min_tokens
+    def judge(self, fit: int, held_out: int | None, width: int) -> "ExpertTokens":
+        """Return what follows from the tokens of both splits that reach a matrix with `width` inputs.
+
+        `held_out` is None where no rows are held out; where some are, one token at least must prove the result.
+        """
+        required = max(1, width if self.min_tokens is None else self.min_tokens)
+        enough = fit >= required and held_out != 0
+        return ExpertTokens(fit, held_out, required, "own" if enough else self.choice)
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,20 @@ class ExpertTokens:
     Attributes:
         fit: tokens of the fit split that the quantised network sends there.
         held_out: the same of the held-out split; None when no rows are held out.
-        required: how many of the fit split are enough; of the held-out split, where there is one, one token is.
-        treatment: `own`: on these tokens; `pool`: on all tokens of the layer; `rtn`: on none.
+        required: how many of the fit split are enough.
+        treatment: `own`: on these tokens; else what `RareExperts.choice` says.
     """
 
     fit: int
     held_out: int | None
     required: int
-    treatment: Literal["own", "pool", "rtn"]
+    treatment: Literal["own", "pool", "rtn", "refuse"]
 
     def shortage(self) -> str:
         """Return in words what was too few."""
         if self.fit < self.required:
-            return f"{self.fit} calibration tokens of the fit split reach this expert, {self.required} are required"
-        return "no calibration token of the held-out split reaches this expert, so that nothing could be proved"
+            return f"{self.fit} calibration tokens of the fit split reach this expert, but {self.required} are required"
+        return "no calibration token of the held-out split reaches this expert, so that nothing can be proved"
 
 
 def entries_by_expert(

@@ -152,14 +152,3 @@ class Block:
     def sites(self) -> tuple[LinearSite, ...]:
         """All sites in execution order."""
         return tuple(site for group in self.groups for site in group.sites)
-
-    def stage_of(self, group_index: int) -> tuple[int, ...]:
-        """Return the groups that do not depend on each other's results: the one step of all experts of a layer.
-
-        A group that is no expert's is a stage of its own.
-        """
-        one = self.groups[group_index].expert
-        if one is None:
-            return (group_index,)
-        experts = [(index, group.expert) for index, group in enumerate(self.groups) if group.expert is not None]
-        return tuple(index for index, other in experts if (other.experts, other.step) == (one.experts, one.step))
