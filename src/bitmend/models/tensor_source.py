@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from bitmend.errors import CheckpointError, ModelError
 from bitmend.models.experts import PackedForm, experts_of
@@ -89,7 +89,7 @@ class TensorSource:
         cut = self._cuts.get(name)
         tensor = self.weights.get(self._stored[name], None if cut is None else cut.expert)
         if cut is not None:
-            tensor = cut.form.cut(tensor, cut.role, cut.leaf)
+            tensor = cut.form.cut(tensor, cut.role, cut.leaf).contiguous()
         dtype = self._dtype_of(name) if tensor.is_floating_point() else tensor.dtype
         # Always a copy: what was read may lie in the mapped file, and blocks are changed in place later.
         return tensor.to(device=self.device, dtype=dtype, copy=True)
@@ -191,6 +191,16 @@ def _renaming(model: Any) -> Callable[[str], str]:
     """Return what gives a stored name as it is today, for models whose modules have been renamed since."""
     steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     return lambda key: reduce(lambda name, step: step.rename_source_key(name)[0], steps, key)
+
+
+def checkpoint_names(model: Any) -> Callable[[str], str]:
+    """Return what gives a tensor's name in the checkpoints of an architecture, where transformers renames on loading."""
+    steps = [
+        step.reverse_transform()
+        for step in reversed(get_model_conversion_mapping(model, add_legacy=False))
+        if isinstance(step, WeightRenaming) and not isinstance(step, PrefixChange)
+    ]
+    return lambda name: reduce(lambda key, step: step.rename_source_key(key)[0], steps, name)
 
 
 def _is_merged(model: Any, keys: Iterable[str]) -> bool:
