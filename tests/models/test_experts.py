@@ -30,11 +30,11 @@ def packed_of(model, family, index=1):
     return model.model.layers[index].get_submodule(experts_path(family))
 
 
-def unpacked_like(packed, names=ExpertNames()):
+def unpacked_like(packed):
     """Return the packed module taken apart, filled with its weights by hand."""
     form = PackedForm.of(packed)
     values = {name: value.detach().clone() for name, value in packed.named_parameters()}
-    unpacked = UnpackedExperts(copy.deepcopy(packed), form, names)
+    unpacked = UnpackedExperts(copy.deepcopy(packed), form, ExpertNames())
     with torch.no_grad():
         for place, parameter in unpacked.named_parameters():
             name, expert, role, leaf = unpacked.source_of(place)

@@ -151,7 +151,7 @@ class BlockRun:
     """
 
     def __init__(
-        self, streams: DualStream, block: Block, *, keep_inputs: bool, rare_experts: RareExperts = RareExperts()
+        self, streams: DualStream, block: Block, *, keep_inputs: bool, rare_experts: RareExperts | None = None
     ) -> None:
         """Run the full-precision stream through the block, whose weights must still be full precision.
 
@@ -159,12 +159,12 @@ class BlockRun:
             streams: in front of this block.
             block: loaded; transforms already applied.
             keep_inputs: store what each group reads in the full-precision network, for the moments C and D.
-            rare_experts: what is done with experts that too few tokens reach.
+            rare_experts: what is done with experts that too few tokens reach; None pools them.
         """
         self.streams = streams
         self.block = block
         self._attention = _KeptAttention(streams)
-        self._experts = ExpertInputs(block, streams.new_store, rare_experts, keep_inputs=keep_inputs)
+        self._experts = ExpertInputs(block, streams.new_store, rare_experts or RareExperts(), keep_inputs=keep_inputs)
         self.fp_inputs = [
             streams.new_store() if keep_inputs and group.expert is None else None for group in block.groups
         ]
@@ -336,4 +336,3 @@ def _appender(store: ActivationStore) -> Callable[[nn.Module, tuple[Any, ...]], 
         store.append(arguments[0].detach())
 
     return append
-

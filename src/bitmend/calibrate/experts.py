@@ -6,8 +6,8 @@ first matrices read are rows of what was kept, what its last matrix reads comes 
 The cost of all experts together is therefore that of their tokens, however many experts there are, and the moments of one
 group of sites are in memory at a time.
 
-**Which tokens.** Those that the quantised network sends to the expert, in both streams: they are what the deployed expert will
-see. The full-precision side of a pair is what the full-precision expert would read on the same token, whether or not the
+**Which tokens.** Those that the quantised network sends to the expert, in both streams: they are what the deployed expert
+will see. The full-precision side of a pair is what the full-precision expert would read on the same token, whether or not the
 full-precision router sends it there. So G, C and D are over the same tokens, and every solver sees the same ones
 (docs/decisions/0014). Rows are not weighted by the routing weights.
 """
@@ -238,4 +238,6 @@ def refuse_not_finite(group: SiteGroup, splits: Iterable[MomentSums]) -> None:
 
 def refusal(where: str, tokens: ExpertTokens) -> str:
     """Return the sentence that refuses an expert which too few tokens reach."""
-    return f"{where}: {tokens.shortage()}; give more calibration rows, or set calibration.rare_experts to 'pool' or 'rtn'"
+    return (
+        f"{where}: {tokens.shortage()}; give more calibration rows, or set calibration.rare_experts to 'pool' or 'rtn'"
+    )

@@ -226,7 +226,11 @@ def _overrides(checkpoint: NativeSource) -> dict[str, dict[str, Any]]:
     overrides: dict[str, dict[str, Any]] = {}
     for name, (bits, size, symmetric) in _schemes(checkpoint).items():
         if (bits, size, symmetric) != main:
-            overrides[f"+:^{re.escape(checkpoint.name_outside(name))}$"] = {"bits": bits, "group_size": size, "sym": symmetric}
+            overrides[f"+:^{re.escape(checkpoint.name_outside(name))}$"] = {
+                "bits": bits,
+                "group_size": size,
+                "sym": symmetric,
+            }
     # A layer outside the blocks, such as the head, is left alone by readers unless it is asked for.
     blocks = {_block_list(name) for name in checkpoint.exported}
     for name in checkpoint.unquantised:

@@ -75,7 +75,7 @@ def open_experts_by_decompressor(folder: str, dtype: Any) -> Any:
 
     config, files = decompressed(folder, dtype)
     with tempfile.TemporaryDirectory() as plain:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, tensors in enumerate(files):
             save_file(tensors, Path(plain) / f"{number}.safetensors", metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, f"{number}.safetensors")
@@ -129,8 +129,8 @@ def way_of_opening(folder: str) -> Any:
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             names += opened.keys()
-    experts = {leaf for leaf in (re.search(r"\.experts\.\d+\.\w+\.(weight\w*)$", name) for name in names) if leaf}
-    leaves = {match[1] for match in experts}
+    found = (re.search(r"\.experts\.\d+\.\w+\.(weight\w*)$", name) for name in names)
+    leaves = {match[1] for match in found if match}
     if not leaves - {"weight"}:
         return open_plainly if symmetric else open_by_decompressor
     alike = symmetric and len(groups) == 1 and "weight" not in leaves

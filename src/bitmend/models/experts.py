@@ -116,11 +116,8 @@ class Activation:
         self.form, self._emptied = form, emptied
 
     def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        made: Tensor
-        if gate is None:
-            made = self._emptied.act_fn(up)
-        else:
-            made = self._emptied._apply_gate(self.form.joined(gate, up))
+        emptied = self._emptied
+        made: Tensor = emptied.act_fn(up) if gate is None else emptied._apply_gate(self.form.joined(gate, up))
         return made
 
     def __deepcopy__(self, memo: Any) -> "Activation":

@@ -91,8 +91,9 @@ class ShardedWeights:
         return len(self._table)
 
     def get(self, name: str, part: int | None = None) -> Tensor:
-        """Read one tensor, or one part along its first dimension; it may share memory with the file, so copy it before you
-        change it.
+        """Read one tensor, or one part along its first dimension.
+
+        It may share memory with the file, so copy it before you change it.
         """
         stored = self._entry(name)
         if name in self._mapped:

@@ -4,8 +4,8 @@ For each site the candidate is fitted on the fit split. It is kept if its held-o
 round-to-nearest at the same bits on the same rows; else round-to-nearest is stored and the report says so. A kept candidate
 is then fitted once more on all rows (`refit`). The held-out number in the report always speaks of the candidate before that.
 
-A matrix of an expert that too few calibration tokens reach is solved on all tokens of its layer, or rounded to nearest, as the
-recipe says; either is an event.
+A matrix of an expert that too few calibration tokens reach is solved on all tokens of its layer, or rounded to nearest, as
+the recipe says; either is an event.
 """
 
 import time
@@ -139,7 +139,9 @@ class PerSite:
         if sent is None or sent.treatment == "own":
             return []
         if sent.treatment == "pool":
-            return [Event("pooled_expert", site.name, f"{sent.shortage()}; measured on all tokens of its layer instead")]
+            return [
+                Event("pooled_expert", site.name, f"{sent.shortage()}; measured on all tokens of its layer instead")
+            ]
         degrades = not isinstance(self.solver, Rtn)
         return [Event("rare_expert", site.name, f"{sent.shortage()}; rounded to nearest", degrades)]
 
