@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+from transformers.initialization import no_init_weights
 
 from bitmend.errors import ModelError
 from bitmend.routing import entries_by_expert
@@ -136,8 +137,7 @@ class UnpackedExpert(nn.Module):
         if form.gated:
             sides = {names.gate: (form.hidden, form.inner), **sides}
         for name, (columns, out) in sides.items():
-            with torch.device("meta"):  # costs no time for numbers that will be overwritten
-                linear = nn.Linear(columns, out, bias=form.biased, dtype=dtype)
+            linear = nn.Linear(columns, out, bias=form.biased, dtype=dtype, device="meta")
             self.add_module(name, linear if device.type == "meta" else linear.to_empty(device=device))
 
     def forward(self, x: Float[Tensor, "token in"]) -> Float[Tensor, "token in"]:
@@ -165,8 +165,9 @@ class UnpackedExperts(nn.Module):
         for name in list(packed._parameters):
             del packed._parameters[name]
         activation = Activation(form, packed)
-        for number in range(form.num_experts):
-            self.add_module(str(number), UnpackedExpert(form, names, activation, one.dtype, one.device))
+        with no_init_weights():  # the numbers will be overwritten
+            for number in range(form.num_experts):
+                self.add_module(str(number), UnpackedExpert(form, names, activation, one.dtype, one.device))
 
     def forward(
         self,
