@@ -38,14 +38,15 @@ def load_families() -> Any:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
-    return sys.modules[name].FAMILIES
+    return sys.modules[name]
 
 
 class Tiny:
     """Makers of models that take milliseconds. Word "w7" is token 7; 0, 1, 2 are unknown, begin and end of text."""
 
     vocabulary = VOCABULARY
-    families = load_families()
+    families = load_families().FAMILIES
+    expert_families = load_families().EXPERT_FAMILIES
 
     @staticmethod
     def tokenizer() -> PreTrainedTokenizerFast:
@@ -59,7 +60,7 @@ class Tiny:
 
     @classmethod
     def build(cls, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-        kind = cls.families[family]
+        kind = (cls.families | cls.expert_families)[family]
         layers = 3 if "layer_types" in kind.changes else 2
         return kind.build(**{"num_hidden_layers": layers, **changes}).to(dtype)
 

@@ -17,6 +17,7 @@ from bitmend.linalg.moments import Moments
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.registry import Registry
+from bitmend.routing import ExpertTokens
 from bitmend.sites import Block, LinearSite
 
 ItemT = TypeVar("ItemT")
@@ -148,6 +149,10 @@ class BlockStreams(Protocol):
 
         Runs the quantised block as it stands, so groups solved before are seen quantised.
         """
+        ...
+
+    def expert_tokens(self, group_index: int) -> ExpertTokens | None:
+        """Return how many tokens reach a group that belongs to an expert; None for one that every token reaches."""
         ...
 
 
@@ -353,7 +358,8 @@ class SiteReport:
         accepted: whether the candidate was kept.
         refitted: whether the stored codes were fitted again on all rows after the candidate had been accepted.
         seconds: time in the solver.
-        diagnostics: the solver's own numbers.
+        diagnostics: the solver's own numbers; for a matrix of an expert also `expert_tokens_fit` and
+            `expert_tokens_held_out`, the calibration tokens that the quantised network sends there.
     """
 
     name: str

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bitmend.routing import Expert
+
 
 @runtime_checkable
 class LayerView(Protocol):
@@ -117,11 +119,13 @@ class SiteGroup:
         name: the paths of the sites joined by `+`, with their common part once: `self_attn.{q_proj,k_proj,v_proj}`.
         sites: in execution order.
         norm: path in the block of the module whose output is this input, or None when it is not a norm.
+        expert: where the sites stand in a mixture of experts; None for sites that every token reaches.
     """
 
     name: str
     sites: tuple[LinearSite, ...]
     norm: str | None
+    expert: Expert | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Block:
         module: the module itself, weights loaded.
         groups: in execution order; together they hold every site once.
         unread: paths of layers with weights of two dimensions that never ran, so that nothing is known of their input.
+        routers: paths of layers that choose experts or weigh a shared one; by rule they are no sites.
     """
 
     name: str
@@ -141,6 +146,7 @@ class Block:
     module: nn.Module
     groups: tuple[SiteGroup, ...]
     unread: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[LinearSite, ...]:

@@ -10,6 +10,7 @@ import transformers
 
 from bitmend.formats.native import ManifestEntry, quantization_config, site_tensors
 from bitmend.formats.writer import CheckpointWriter
+from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, quantize
 from bitmend.numerics.uniform import UniformGrid
@@ -49,6 +50,20 @@ def build(family: str, dtype: torch.dtype, tied: bool) -> transformers.PreTraine
             num_key_value_heads=2, max_position_embeddings=64, attention_bias=True, tie_word_embeddings=tied,
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config)
+    elif family == "mixtral":
+        config = transformers.MixtralConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        model = transformers.MixtralForCausalLM(config)
+    elif family == "granite-moe":  # its checkpoints hold packed experts
+        config = transformers.GraniteMoeConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        model = transformers.GraniteMoeForCausalLM(config)
     else:
         config = transformers.GPT2Config(
             vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=tied, bos_token_id=0,
@@ -72,9 +87,19 @@ class Quantised:
     dense: transformers.PreTrainedModel  # the source model with the dequantised weights put in
 
 
+def opened(source: Path) -> transformers.PreTrainedModel:
+    """Return a saved model, experts taken apart as the pipeline does."""
+    if not hasattr(transformers.AutoConfig.from_pretrained(source), "num_local_experts"):
+        return transformers.AutoModelForCausalLM.from_pretrained(source)
+    adapter = HfCausalLm.open(source)
+    for index in range(len(adapter.block_names)):
+        adapter.load_block(index)
+    return adapter.model
+
+
 def quantise(source: Path, output: Path, scheme: Callable[[str], QuantSpec | None], shard_bytes=None) -> Quantised:
     """Quantise a saved model the way the pipeline does: block by block, then what lies outside."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model = opened(source)
     entries, qtensors, tied, done = {}, {}, {}, set()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     embedding = model.get_input_embeddings()

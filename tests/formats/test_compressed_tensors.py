@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import bitmend.formats.compressed_tensors as module
 from bitmend.errors import CheckpointError, ExportError, RequestError
+from bitmend.formats import reopen_child
 from bitmend.formats.compressed_tensors import CompressedTensors
 from bitmend.formats.ledger import ledger
 from bitmend.protocols import FORMATS, CheckpointFormat
@@ -239,3 +240,62 @@ def test_an_export_that_gives_other_logits_is_removed(quantised, tmp_path, monke
     ):
         CompressedTensors().export(made.output, tmp_path / "export")
     assert not list(tmp_path.glob("export*"))
+
+
+# ------------------------------------------------------------------------------------------------ experts
+EXPERT = "model.layers.0.block_sparse_moe.experts"
+
+
+def test_experts_of_one_scheme_go_through_transformers_own_reader(quantised, helpers, tmp_path, monkeypatch):
+    ways = []
+    original = module.compare_logits
+    monkeypatch.setattr(
+        module,
+        "compare_logits",
+        lambda source, folder, dtype: (
+            ways.append(reopen_child.way_of_opening(str(folder))) or original(source, folder, dtype)
+        ),
+    )
+    made = quantised(family="mixtral", dtype=HALF, scale_dtype=HALF)
+    (event,) = CompressedTensors().export(made.output, tmp_path / "export")
+    assert (event.kind, event.where) == ("reader_limit", "experts")
+    assert event.message.endswith(
+        "loads a mixture of experts like this one only with CompressedTensorsConfig(dequantize=True)"
+    )
+    assert ways == [reopen_child.open_dequantised]
+    _, tensors, config = unpacked_by_the_library(tmp_path / "export")
+    assert {f"{EXPERT}.2.{leaf}.weight_packed" for leaf in ("w1", "w2", "w3")} <= tensors.keys()
+    assert config["ignore"] == ["lm_head", *(f"model.layers.{n}.block_sparse_moe.gate" for n in (0, 1))]
+    assert ledger(tmp_path / "export").bits["codes"] == ledger(made.output).bits["codes"]
+
+
+@pytest.mark.parametrize("change", ["zero points", "another scheme", "unquantised"])
+def test_other_experts_go_through_the_decompressor(quantised, helpers, tmp_path, change):
+    spec = helpers.spec(4, change != "zero points", 16, scale_dtype=HALF)
+    other = {"another scheme": helpers.spec(8, True, 16, scale_dtype=HALF), "unquantised": None}.get(change, spec)
+
+    def scheme(name):
+        return None if ".layers." not in name else other if ".experts.1." in name else spec
+
+    made = quantised(scheme, "mixtral", HALF)
+    events = CompressedTensors().export(made.output, tmp_path / "export")
+    assert "like this one not at all" in events[0].message
+    assert reopen_child.way_of_opening(str(tmp_path / "export")) is reopen_child.open_experts_by_decompressor
+    fused = [event.where for event in events if event.kind == "vllm_fusion"]
+    assert fused == ([] if change == "zero points" else [f"model.layers.{n}.mlp.experts" for n in (0, 1)])
+
+
+def test_experts_that_were_altered_are_found_out(quantised, helpers, tmp_path, monkeypatch):
+    original = module._module_tensors
+
+    def altered(name, packed, dtype):
+        tensors = original(name, packed, dtype)
+        if name == f"{EXPERT}.0.w1":
+            tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"] * 40
+        return tensors
+
+    monkeypatch.setattr(module, "_module_tensors", altered)
+    made = quantised(family="mixtral", dtype=HALF, scale_dtype=HALF)
+    with pytest.raises(ExportError, match="the export gives other logits"):
+        CompressedTensors().export(made.output, tmp_path / "export")
+    assert not (tmp_path / "export").exists()

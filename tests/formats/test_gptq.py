@@ -316,3 +316,23 @@ def test_other_tensors_are_compared_too(quantised, tmp_path, monkeypatch, change
     with pytest.raises(ExportError, match=message):
         GptqFormat().export(made.output, tmp_path / "export")
     assert not list(tmp_path.glob("export*"))
+
+
+# ---------------------------------------------------------------------------------------------- experts
+def test_experts_are_written_one_by_one_under_their_own_names(quantised, helpers, tmp_path):
+    spec, other = (helpers.spec(bits, True, 16, scale_dtype=HALF) for bits in (4, 8))
+
+    def scheme(name):
+        return None if ".layers." not in name else other if ".experts.1." in name else spec
+
+    made = quantised(scheme, "mixtral", HALF)
+    events = GptqFormat().export(made.output, tmp_path / "export")
+    assert [event.kind for event in events] == ["reader_limit", "vllm_fusion", "vllm_fusion"]
+    export = read_quantized(tmp_path / "export")
+    name = "layers.1.{}.experts.1.w3"
+    inside, outside = (f"model.{name.format(part)}" for part in ("mlp", "block_sparse_moe"))
+    assert torch.equal(export.dense(outside), made.qtensors[inside].dequantize())
+    assert export.layers.keys() == {one.replace(".mlp.", ".block_sparse_moe.") for one in made.qtensors}
+    dynamic = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]["dynamic"]
+    assert "-:^model\\.layers\\.0\\.block_sparse_moe\\.gate$" in dynamic
+    assert dynamic[f"+:^{outside}$".replace(".", "\\.")] == {"bits": 8, "group_size": 16, "sym": True}

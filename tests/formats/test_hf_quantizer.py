@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from bitmend.errors import CheckpointError
 from bitmend.formats.hf_quantizer import VERIFY, BitmendConfig
@@ -186,3 +187,50 @@ def test_a_loaded_model_is_no_training_matter(quantised):
     model = transformers.AutoModelForCausalLM.from_pretrained(quantised().output)
     assert model.hf_quantizer.is_serializable()
     assert not model.hf_quantizer.is_trainable
+
+
+# ------------------------------------------------------------------------------------------------ experts
+@pytest.mark.parametrize("family", ["mixtral", "granite-moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_load_one_by_one_and_save_again(
+    quantised, helpers, ids, tmp_path, warnings_of_transformers, family, dtype
+):
+    spec = helpers.spec(4, True, 16, scale_dtype=dtype)
+
+    def scheme(name):  # one expert stays as it is, so that plain and packed experts stand side by side
+        return spec if ".layers." in name and ".experts.1." not in name else None
+
+    made = quantised(scheme, family, dtype)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(made.output, output_loading_info=True)
+    assert not any(info.values())
+    assert not warnings_of_transformers
+    experts = next(module for name, module in model.named_modules() if name.endswith("experts"))
+    kinds = [type(next(iter(expert.children()))).__name__ for expert in experts.children()]
+    assert kinds == ["QuantLinear", "Linear", "QuantLinear"]
+    assert torch.equal(logits(model, ids), logits(made.dense, ids))
+
+    model.save_pretrained(tmp_path / "again")
+    before, after = (set(load_file(folder / "model.safetensors")) for folder in (made.output, tmp_path / "again"))
+    assert before == after
+    state, again = model.state_dict(), load(tmp_path / "again").state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[key], again[key]) for key in state)
+
+
+def test_a_missing_tensor_of_an_expert_is_refused(quantised, helpers):
+    made = quantised(lambda name: helpers.spec() if "q_proj" in name else None, "mixtral")
+    path = made.output / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.experts.2.w1.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    config = transformers.AutoConfig.from_pretrained(made.output)
+    config.quantization_config["files"] = {}
+    with pytest.raises(CheckpointError, match=r"the checkpoint lacks model\.layers\.1\.mlp\.experts\.2\.w1\.weight"):
+        transformers.AutoModelForCausalLM.from_pretrained(made.output, config=config)
+
+
+def test_the_inner_model_of_a_mixture_of_experts_loads_alone(quantised, ids):
+    made = quantised(family="mixtral", tied=True)
+    inner = transformers.AutoModel.from_pretrained(made.output)
+    with torch.no_grad():
+        assert torch.equal(inner(ids).last_hidden_state, made.dense.model(ids).last_hidden_state)

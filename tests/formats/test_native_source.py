@@ -57,3 +57,37 @@ def test_what_cannot_be_opened(quantised, helpers, saved):
         open_native(saved("gpt2"), "FORMAT")
     with pytest.raises(CheckpointError, match="there is no model folder"):
         open_native(made.output / "none", "FORMAT")
+
+
+def test_experts_have_the_names_of_their_own_checkpoints(quantised, helpers):
+    spec = helpers.spec()
+    made = quantised(lambda name: spec if ".layers." in name and ".experts.1." not in name else None, "mixtral")
+    source = open_native(made.output, "X")
+    assert source.has_experts
+    assert source.name_outside("model.layers.1.mlp.experts.0.w2") == ("model.layers.1.block_sparse_moe.experts.0.w2")
+    assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.experts.1.w3", "lm_head"} <= set(source.unquantised)
+    others = {name for piece in source.other_tensors() for name in piece}
+    assert "model.layers.0.block_sparse_moe.gate.weight" in others
+    assert "model.layers.0.block_sparse_moe.experts.1.w1.weight" in others
+    assert not any(".mlp." in name for name in others)
+
+
+def test_packed_experts_have_no_names_to_be_exported_under(quantised):
+    made = quantised(family="granite-moe")
+    with pytest.raises(
+        RequestError,
+        match=r"is GraniteMoeForCausalLM, whose checkpoints hold all experts of a layer in one tensor, so that no reader of "
+        r"FORMAT looks for them one by one; keep bitmend's format",
+    ):
+        open_native(made.output, "FORMAT")
+
+
+def test_experts_of_one_layer_must_share_a_scheme():
+    schemes = {f"a.experts.{number}.{leaf}": 4 for number in range(3) for leaf in ("w1", "w2", "w3")}
+    assert list(fusion_events(schemes, ["a.gate"])) == []
+    (event,) = fusion_events(schemes | dict.fromkeys((f"a.experts.1.{leaf}" for leaf in ("w1", "w2", "w3")), 8), [])
+    assert (event.kind, event.where) == ("vllm_fusion", "a.experts")
+    assert "the experts of a.experts have different schemes" in event.message
+    del schemes["a.experts.2.w2"]
+    (event,) = fusion_events(schemes, ["a.experts.2.w2"])
+    assert event.where == "a.experts"

@@ -22,20 +22,28 @@ def _load_families() -> Any:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
-    return sys.modules[name].FAMILIES
+    return sys.modules[name]
 
 
-FAMILIES = _load_families()
+FAMILIES = _load_families().FAMILIES
+EXPERT_FAMILIES = _load_families().EXPERT_FAMILIES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "family_name" in metafunc.fixturenames:
         metafunc.parametrize("family_name", list(FAMILIES))
+    if "expert_family" in metafunc.fixturenames:
+        metafunc.parametrize("expert_family", list(EXPERT_FAMILIES))
 
 
 @pytest.fixture(scope="session")
 def families() -> dict[str, Any]:
     return FAMILIES
+
+
+@pytest.fixture(scope="session")
+def expert_families() -> dict[str, Any]:
+    return EXPERT_FAMILIES
 
 
 @pytest.fixture
@@ -52,7 +60,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = repr((name, dtype, shard, sorted(changes.items())))
         if key not in known:
             folder = tmp_path_factory.mktemp(name)
-            FAMILIES[name].build(**changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
+            (FAMILIES | EXPERT_FAMILIES)[name].build(**changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
             known[key] = folder
         return known[key]
 

@@ -147,3 +147,46 @@ FAMILIES: dict[str, Family] = {
         ],
     ),
 }
+
+
+def expert_groups(path: str, gate: str, up: str, down: str, number: int = 4) -> list[tuple[str, str | None]]:
+    """Return the groups of a mixture of experts: one step of all experts before the next."""
+    first: list[tuple[str, str | None]] = [(f"{path}.{one}.{{{gate},{up}}}", None) for one in range(number)]
+    return first + [(f"{path}.{one}.{down}", None) for one in range(number)]
+
+
+ATTENTION: list[tuple[str, str | None]] = [(QKV, "input_layernorm"), ("self_attn.o_proj", None)]
+QWEN_EXPERTS = expert_groups("mlp.experts", "gate_proj", "up_proj", "down_proj")
+SHARED: list[tuple[str, str | None]] = [
+    ("mlp.shared_expert.{gate_proj,up_proj}", None),
+    ("mlp.shared_expert.down_proj", None),
+]
+FEW: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+EXPERT_FAMILIES: dict[str, Family] = {
+    "mixtral": Family(
+        "MixtralConfig", ATTENTION + expert_groups("mlp.experts", "w1", "w3", "w2"), changes={**LOCAL, "head_dim": 8}
+    ),
+    "qwen3-moe": Family(
+        "Qwen3MoeConfig", ATTENTION + QWEN_EXPERTS, changes={**FEW, "head_dim": 8, "norm_topk_prob": True}
+    ),
+    "qwen2-moe": Family(
+        "Qwen2MoeConfig",
+        ATTENTION + SHARED + QWEN_EXPERTS,
+        changes={**FEW, "shared_expert_intermediate_size": 16},
+    ),
+    "olmoe": Family("OlmoeConfig", ATTENTION + QWEN_EXPERTS, changes=LOCAL),
+    # In its files the experts are packed, under other names than in transformers.
+    "granite-moe": Family(
+        "GraniteMoeConfig",
+        ATTENTION + expert_groups("block_sparse_moe.experts", "gate_proj", "up_proj", "down_proj"),
+        changes=LOCAL,
+    ),
+    # Transposed, gate and up alternating, with biases and a gating of its own; packed in its files.
+    "gpt-oss": Family(
+        "GptOssConfig",
+        ATTENTION + QWEN_EXPERTS,
+        changes={**LOCAL, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+}

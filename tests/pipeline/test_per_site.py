@@ -12,6 +12,7 @@ from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.pipeline.per_site import PerSite, _Rows, _scale_events, relative_error
 from bitmend.protocols import BlockSolver, Event, Need, Problem, Solution
+from bitmend.routing import Expert, ExpertTokens
 from bitmend.sites import Block, LinearSite, SiteGroup
 from bitmend.solvers.gptq import Gptq
 from bitmend.solvers.rtn import Rtn
@@ -37,6 +38,9 @@ class Rows:
     def moments(self, group_index, needs):
         self.asked = (group_index, needs)
         return self.fit, self.held_out
+
+    def expert_tokens(self, group_index):
+        return None
 
 
 @pytest.fixture
@@ -335,3 +339,60 @@ def test_an_error_that_is_not_a_number_is_no_proof():
     )
     assert not report.accepted
     assert torch.equal(solution.qtensor.codes, Rtn().solve(Problem(site, weight, SPEC)).qtensor.codes)
+
+
+# ------------------------------------------------------------------------------------------------ experts
+@dataclass
+class ExpertRows(Rows):
+    """Stands for the calibration data at an expert that few tokens reach."""
+
+    treatment: str = "own"
+
+    def expert_tokens(self, group_index):
+        return ExpertTokens(7, 2, 12, self.treatment)
+
+    def moments(self, group_index, needs):
+        assert self.treatment != "rtn", "nothing is measured for an expert that is rounded to nearest"
+        return super().moments(group_index, needs)
+
+
+@pytest.fixture
+def expert(block):
+    group = replace(block.groups[0], expert=Expert("experts", 0, 0))
+    return replace(block, groups=(group,))
+
+
+@pytest.mark.parametrize("treatment", ["own", "pool"])
+def test_tokens_of_an_expert_are_reported(block, expert, rows, treatment):
+    few = ExpertRows(rows.fit, rows.held_out, treatment)
+    for (_, alone, _), (site, solution, report) in zip(
+        solve(Gptq(), block, rows), solve(Gptq(), expert, few), strict=True
+    ):
+        assert torch.equal(solution.qtensor.codes, alone.qtensor.codes)
+        assert report.diagnostics["expert_tokens_fit"] == 7
+        assert report.diagnostics["expert_tokens_held_out"] == 2
+        told = [(event.where, event.message, event.degrades) for event in solution.events if "expert" in event.kind]
+        sentence = (
+            "7 calibration tokens of the fit split reach this expert, but 12 are required; measured on all tokens"
+        )
+        assert told == ([] if treatment == "own" else [(site.name, f"{sentence} of its layer instead", False)])
+
+
+@pytest.mark.parametrize(("solver", "degrades"), [(Gptq(), True), (Rtn(), False)])
+def test_a_rare_expert_may_be_rounded_to_nearest(block, expert, rows, solver, degrades):
+    few = ExpertRows(rows.fit, rows.held_out, "rtn")
+    schemes = {f"m.0.{name}": SPEC for name in PATHS}
+    solved = list(PerSite(solver, "mine", True, two_streams=True).solve_block(expert, few, schemes))
+    assert len(solved) == len(PATHS)
+    for one, path in zip(solved, PATHS, strict=True):
+        assert torch.equal(one.solution.qtensor.codes, Rtn().solve(problem(block, path)).qtensor.codes)
+        assert one.report.solver == "rtn"
+        assert one.report.held_out_error is None
+        assert one.report.diagnostics["expert_tokens_fit"] == 7
+        (event,) = one.solution.events
+        assert (event.kind, event.degrades) == ("rare_expert", degrades)
+        assert event.message.endswith("but 12 are required; rounded to nearest")
+
+
+def test_a_matrix_that_is_no_experts_has_no_such_numbers(block, rows):
+    assert all("expert_tokens_fit" not in report.diagnostics for _, _, report in solve(Gptq(), block, rows))

@@ -19,6 +19,7 @@ from bitmend.pipeline.recipe import (
     recipe_names,
 )
 from bitmend.protocols import SOLVERS
+from bitmend.routing import RareExperts
 
 F32 = torch.float32
 
@@ -349,3 +350,18 @@ def test_a_solver_gets_its_fields(add_part):
 def test_a_damping_that_cannot_be_is_refused_when_the_recipe_is_read(solver, damping):
     with pytest.raises(RecipeError, match=rf"solver '{solver}': damping: input should be"):
         load_recipe(solver, {"solver.damping": damping})
+
+
+def test_keys_of_experts():
+    plain = load_recipe("gptq")
+    assert plain.calibration.rare() == RareExperts("pool", None)
+    # Recipes of dense models keep their fingerprint.
+    assert not {"rare_experts", "min_tokens_per_expert"} & plain.model_dump(exclude_none=True)["calibration"].keys()
+    keys = {"calibration.rare_experts": "rtn", "calibration.min_tokens_per_expert": 64}
+    recipe = load_recipe("gptq", keys)
+    assert recipe.calibration.rare() == RareExperts("rtn", 64)
+    assert parse_recipe(tomllib.loads(recipe.to_toml())) == recipe
+    with pytest.raises(RecipeError, match=r"calibration\.rare_experts: .*'pool', 'rtn' or 'refuse'; got 'drop'"):
+        load_recipe("gptq", {"calibration.rare_experts": "drop"})
+    with pytest.raises(RecipeError, match=r"calibration\.min_tokens_per_expert: .*got 0"):
+        load_recipe("gptq", {"calibration.min_tokens_per_expert": 0})

@@ -143,6 +143,20 @@ def test_solvers_types_and_ties(run_tiny, stopped, tmp_path, tiny, recipe, famil
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("k", [5, 13, 14, 29])
+def test_a_mixture_of_experts(run_tiny, stopped, tmp_path, tiny, k):
+    """Stopped in and between the steps of the experts, some of which are measured on all tokens."""
+    source = tiny.save(tmp_path / "source", tiny.build("qwen3-moe"))
+    keys = {"weights.bits": 3, "calibration.min_tokens_per_expert": 30}
+    request = {"model": source, "recipe": "marr", "keys": keys}
+    whole = run_tiny("whole", **request)
+    pooled = [event.where for event in whole.events if event.kind == "pooled_expert"]
+    assert 0 < len(pooled) < 24
+    stopped(k, **request)
+    run_tiny(resume=True, **request)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
 def test_a_data_free_run(run_tiny, stopped, tmp_path):
     request = {"recipe": "rtn", "calibration": []}
     run_tiny("whole", **request)

@@ -4,7 +4,8 @@
 one block's activations exist at a time, in memory or on disk. What a block's inner layers read is not stored for the
 quantised stream: the block is run again for each group of sites, up to that group, and the moments are summed batch by
 batch. Only attention is not computed again: its result is kept for as long as its arguments are the same. For the
-full-precision stream the inputs are stored, because the full-precision weights are gone once a group is solved.
+full-precision stream the inputs are stored, because the full-precision weights are gone once a group is solved. Experts, of
+which there may be hundreds, share one run of the block (`experts.py`).
 
 Both streams run the same kernels on the same batch shapes, so that without any rounding they stay equal bit for bit.
 """
@@ -20,22 +21,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitmend.calibrate.activation_store import ActivationStore
-from bitmend.errors import NumericsError
+from bitmend.calibrate.experts import ExpertInputs, InputSeen, refuse_not_finite, stopper
 from bitmend.linalg.moments import Moments, MomentSums
 from bitmend.protocols import BlockInputs, ModelAdapter, Need, TokenBatch
-from bitmend.sites import Block, SiteGroup
+from bitmend.routing import Expert, ExpertTokens, RareExperts
+from bitmend.sites import Block
 
 _Fingerprint = tuple[object, ...]
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRIME = 30011
-
-
-class _InputSeen(Exception):  # noqa: N818 - not an error: it stops a forward pass once the wanted input is there
-    """Carries a layer's input out of a forward pass."""
-
-    def __init__(self, inputs: Tensor) -> None:
-        super().__init__()
-        self.inputs = inputs
 
 
 @dataclass(frozen=True)
@@ -156,22 +150,32 @@ class BlockRun:
         y_fp: output of the block in the full-precision network.
     """
 
-    def __init__(self, streams: DualStream, block: Block, *, keep_inputs: bool) -> None:
+    def __init__(
+        self, streams: DualStream, block: Block, *, keep_inputs: bool, rare_experts: RareExperts | None = None
+    ) -> None:
         """Run the full-precision stream through the block, whose weights must still be full precision.
 
         Args:
             streams: in front of this block.
             block: loaded; transforms already applied.
             keep_inputs: store what each group reads in the full-precision network, for the moments C and D.
+            rare_experts: what is done with experts that too few tokens reach; None pools them.
         """
         self.streams = streams
         self.block = block
         self._attention = _KeptAttention(streams)
-        self.fp_inputs = [streams.new_store() if keep_inputs else None for _ in block.groups]
-        hooks = [
-            block.module.get_submodule(group.sites[0].path).register_forward_pre_hook(_appender(store))
+        self._experts = ExpertInputs(block, streams.new_store, rare_experts or RareExperts(), keep_inputs=keep_inputs)
+        self.fp_inputs = [
+            streams.new_store() if keep_inputs and group.expert is None else None for group in block.groups
+        ]
+        stores = {
+            group.sites[0].path: store
             for group, store in zip(block.groups, self.fp_inputs, strict=True)
             if store is not None
+        }
+        hooks = [
+            block.module.get_submodule(path).register_forward_pre_hook(_appender(store))
+            for path, store in (stores | self._experts.fp_hidden).items()
         ]
         try:
             self.y_fp = streams.run(block.index, streams.x_fp)
@@ -186,6 +190,7 @@ class BlockRun:
     def close(self) -> None:
         """Free the stored inputs."""
         self._attention.close()
+        self._experts.close()
         for store in self.fp_inputs:
             if store is not None:
                 store.close()
@@ -195,8 +200,12 @@ class BlockRun:
 
         Raises:
             NumericsError: the group reads NaN or Inf.
+            CalibrationError: too few tokens reach the group's expert, and that is to be refused.
         """
         group = self.block.groups[group_index]
+        if group.expert is not None:
+            self._keep_experts(group.expert)
+            return self._experts.moments(group, group.expert, needs, self.streams.device)
         stored = self.fp_inputs[group_index]
         cross, residual = Need.CROSS_MOMENT in needs, Need.RESIDUAL_MOMENT in needs
         if (cross or residual) and stored is None:
@@ -206,32 +215,45 @@ class BlockRun:
             MomentSums(width, cross=cross, residual=residual, device=self.streams.device) for _ in range(2)
         )
         for position, batch in enumerate(self.streams.batches):
-            x = self._quantised_input(group, position, batch)
+            x = self._called_with(group.sites[0].path, position)[0].detach()
             x_fp = None
             if stored is not None and (cross or residual):
                 x_fp = real_tokens(stored[position].to(x.device), batch.tokens)
             (held_out if batch.held_out else fit).add_(real_tokens(x, batch.tokens), x_fp)
-        for sums in (fit, held_out):
-            if not all(bool(torch.isfinite(m).all()) for m in (sums.G, sums.C, sums.D) if m is not None):
-                names = ", ".join(site.name for site in group.sites)
-                raise NumericsError(
-                    f"the input of {names} must be finite, but holds NaN or Inf on the calibration rows; nothing was saved"
-                )
+        refuse_not_finite(group, (fit, held_out))
         return fit.means(), held_out.means() if held_out.num_tokens else None
 
-    def _quantised_input(self, group: SiteGroup, position: int, batch: StreamedBatch) -> Tensor:
-        """Run the block as it stands, up to the first layer of the group, and return what that layer reads."""
-        layer = self.block.module.get_submodule(group.sites[0].path)
-        hook = layer.register_forward_pre_hook(_stopper)
+    def expert_tokens(self, group_index: int) -> ExpertTokens | None:
+        """Return how many tokens reach the group's expert; None for a group that every token reaches.
+
+        Raises:
+            CalibrationError: too few, and that is to be refused.
+        """
+        group = self.block.groups[group_index]
+        if group.expert is None:
+            return None
+        self._keep_experts(group.expert)
+        return self._experts.tokens(group, group.expert)
+
+    def _keep_experts(self, expert: Expert) -> None:
+        def calls() -> Iterator[tuple[tuple[Any, ...], TokenBatch, bool]]:
+            for position, batch in enumerate(self.streams.batches):
+                yield self._called_with(expert.experts, position), batch.tokens, batch.held_out
+
+        self._experts.keep(expert.experts, calls)
+
+    def _called_with(self, path: str, position: int) -> tuple[Any, ...]:
+        """Run the block as it stands on one batch, up to a module, and return what that module is called with."""
+        hook = self.block.module.get_submodule(path).register_forward_pre_hook(stopper)
         try:
             hidden = self.streams.x_q[position].to(self.streams.device)
             with self._attention.of_batch(position):
-                self.streams.adapter.run_block(self.block.index, hidden, batch.inputs)
-        except _InputSeen as seen:
-            return seen.inputs
+                self.streams.adapter.run_block(self.block.index, hidden, self.streams.batches[position].inputs)
+        except InputSeen as seen:
+            return seen.arguments
         finally:
             hook.remove()
-        raise RuntimeError(f"{group.name} of {self.block.name} did not run on batch {position}")
+        raise RuntimeError(f"{path} of {self.block.name} did not run on batch {position}")
 
 
 class _KeptAttention:
@@ -314,8 +336,3 @@ def _appender(store: ActivationStore) -> Callable[[nn.Module, tuple[Any, ...]], 
         store.append(arguments[0].detach())
 
     return append
-
-
-def _stopper(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-    del module
-    raise _InputSeen(arguments[0].detach())

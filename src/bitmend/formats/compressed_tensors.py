@@ -6,6 +6,9 @@ no place: a one-bit grid without a zero, GPT-2's `Conv1D`, a shorter last group,
 hold (its readers cast scales to it). Those are refused in one sentence. A quantised embedding or head is written out in
 the model's dtype, with an event, because most readers expect them so.
 
+Experts are written one by one, under the names of the architecture's own checkpoints. An architecture whose checkpoints hold
+them packed is refused: no reader looks for single ones.
+
 Before the export counts as done, its logits are compared with those of bitmend's own checkpoint (`formats/reopen.py`).
 
 Source: the format as compressed-tensors 0.20 reads it (github.com/vllm-project/compressed-tensors).
@@ -108,7 +111,9 @@ def _check_holds(name: str, entry: ManifestEntry, checkpoint: NativeSource) -> N
 
 def _events(checkpoint: NativeSource) -> Iterator[Event]:
     yield from checkpoint.dequantised_events()
-    if any(not entry.spec.grid.symmetric for entry in checkpoint.exported.values()):
+    if checkpoint.has_experts:
+        yield Event("reader_limit", "experts", _how_experts_load(checkpoint))
+    elif any(not entry.spec.grid.symmetric for entry in checkpoint.exported.values()):
         how = "only with CompressedTensorsConfig(dequantize=True)" if len(_groups(checkpoint)) == 1 else "not at all"
         yield Event(
             "reader_limit", "zero points", f"transformers 5.23 with compressed-tensors 0.20 loads zero points {how}"
@@ -117,10 +122,19 @@ def _events(checkpoint: NativeSource) -> Iterator[Event]:
     yield from fusion_events(schemes, checkpoint.unquantised)
 
 
+def _how_experts_load(checkpoint: NativeSource) -> str:
+    whole = not any(".experts." in name for name in checkpoint.unquantised)
+    symmetric = all(entry.spec.grid.symmetric for entry in checkpoint.exported.values())
+    how = "not at all"
+    if whole and symmetric and len(_groups(checkpoint)) == 1:
+        how = "only with CompressedTensorsConfig(dequantize=True)"
+    return f"transformers 5.23 with compressed-tensors 0.20 loads a mixture of experts like this one {how}"
+
+
 def _pieces(checkpoint: NativeSource) -> Iterator[dict[str, Tensor]]:
     """Yield all tensors of the export, module by module."""
     for name in checkpoint.exported:
-        yield _module_tensors(name, checkpoint.packed(name), checkpoint.dtype)
+        yield _module_tensors(checkpoint.name_outside(name), checkpoint.packed(name), checkpoint.dtype)
     yield from checkpoint.other_tensors()
 
 
@@ -160,7 +174,7 @@ def _quantization_config(checkpoint: NativeSource) -> dict[str, Any]:
         weights |= {"strategy": "channel" if size is None else "group", "group_size": size}
         config_groups[f"group_{number}"] = {
             # With one scheme for all, the class is enough, and every reader understands it.
-            "targets": ["Linear"] if len(groups) == 1 else names,
+            "targets": ["Linear"] if len(groups) == 1 else [checkpoint.name_outside(name) for name in names],
             "format": FORMAT,
             "weights": weights,
             "input_activations": None,
@@ -171,7 +185,7 @@ def _quantization_config(checkpoint: NativeSource) -> dict[str, Any]:
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": config_groups,
-        "ignore": list(checkpoint.unquantised),
+        "ignore": [checkpoint.name_outside(name) for name in checkpoint.unquantised],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},

@@ -177,7 +177,7 @@ def _scale_events(checkpoint: NativeSource) -> Iterator[Event]:
 # ---------------------------------------------------------------------------------------------- what is written
 def _pieces(checkpoint: NativeSource) -> Iterator[dict[str, Tensor]]:
     for name in checkpoint.exported:
-        yield _module_tensors(name, checkpoint.packed(name))
+        yield _module_tensors(checkpoint.name_outside(name), checkpoint.packed(name))
     yield from checkpoint.other_tensors()
 
 
@@ -226,12 +226,16 @@ def _overrides(checkpoint: NativeSource) -> dict[str, dict[str, Any]]:
     overrides: dict[str, dict[str, Any]] = {}
     for name, (bits, size, symmetric) in _schemes(checkpoint).items():
         if (bits, size, symmetric) != main:
-            overrides[f"+:^{re.escape(name)}$"] = {"bits": bits, "group_size": size, "sym": symmetric}
+            overrides[f"+:^{re.escape(checkpoint.name_outside(name))}$"] = {
+                "bits": bits,
+                "group_size": size,
+                "sym": symmetric,
+            }
     # A layer outside the blocks, such as the head, is left alone by readers unless it is asked for.
     blocks = {_block_list(name) for name in checkpoint.exported}
     for name in checkpoint.unquantised:
         if _block_list(name) in blocks:
-            overrides[f"-:^{re.escape(name)}$"] = {}
+            overrides[f"-:^{re.escape(checkpoint.name_outside(name))}$"] = {}
     return overrides
 
 
@@ -271,7 +275,8 @@ def _compare(checkpoint: NativeSource, folder: Path) -> None:
     for name in checkpoint.exported:
         packed = checkpoint.packed(name)
         expected = replace(packed, scale=packed.scale.to(torch.float16)).dequantize()
-        if name not in export.layers or not torch.equal(export.dense(name), expected):
+        outside = checkpoint.name_outside(name)
+        if outside not in export.layers or not torch.equal(export.dense(outside), expected):
             raise ExportError(f"read back, the weight of {name} is not that of the source; the export was removed")
     _compare_others(checkpoint, export)
 

@@ -4,6 +4,9 @@
 read, checks the files against the manifest, and loads. `save_pretrained` writes the same tensors again, bit for bit.
 Rule for checksums: transformers writes config.json before the weights, so a model saved by it carries none; such a
 folder is checked by names, types and shapes only.
+
+Experts that transformers packs into one parameter are taken apart as they were when the model was quantised
+(`models/experts.py`); none of the conversions by which transformers merges single experts is then applied.
 """
 
 import re
@@ -21,6 +24,7 @@ from bitmend.errors import CheckpointError
 from bitmend.formats.integrity import check_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.safetensors_file import TensorRecord
+from bitmend.models.experts import experts_of, unpack_experts_
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
@@ -65,6 +69,7 @@ class BitmendQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         manifest = self.quantization_config.manifest
+        unpack_experts_(model)
         records = None
         if checkpoint_files is not None:
             files = [Path(file) for file in checkpoint_files]
@@ -86,6 +91,13 @@ class BitmendQuantizer(HfQuantizer):
         if any(name.rpartition(".")[2] in (WORDS, SCALE, ZERO_WORDS) for name in names):
             return None
         return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leave names and tensors alone where experts are single: our files have both as the model has them."""
+        if experts_of(model):
+            return []
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return updated
 
     def is_serializable(self) -> bool:
         """`save_pretrained` works."""
@@ -218,4 +230,6 @@ def _ignored(name: str, patterns: Any) -> bool:
 def _converts(model: PreTrainedModel) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    if experts_of(model):
+        return False
     return bool(get_model_conversion_mapping(model, add_legacy=False))

@@ -1,6 +1,7 @@
 """bitmend's own checkpoint as what an export starts from: opened, checked, and handed on in bounded pieces."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from bitmend.formats.integrity import check_files, read_config, weight_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.native import read_packed
 from bitmend.formats.safetensors_file import StoredTensors
+from bitmend.models.experts import experts_of, router_paths, stored_names, unpack_experts_
+from bitmend.models.tensor_source import checkpoint_names
 from bitmend.protocols import Event
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS, PackedWeight
 
 # vLLM computes these projections as one matrix, which has one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_EXPERT = re.compile(r"(.*experts)\.\d+\.")
 _PART_BYTES = 256 << 20
 
 
@@ -31,7 +35,9 @@ class NativeSource:
         tensors: all that the files hold.
         exported: modules that stay quantised.
         dequantised: embedding and head, when they are quantised.
-        unquantised: linear layers that are not exported as quantised.
+        unquantised: linear layers and routers that are not exported as quantised.
+        has_experts: whether it is a mixture of experts, whose experts are stored one by one.
+        renamed: gives a tensor's name in the checkpoints of this architecture, which readers of exports look for.
     """
 
     folder: Path
@@ -40,6 +46,12 @@ class NativeSource:
     exported: Mapping[str, ManifestEntry]
     dequantised: Mapping[str, ManifestEntry]
     unquantised: tuple[str, ...]
+    has_experts: bool = False
+    renamed: Callable[[str], str] = str
+
+    def name_outside(self, module: str) -> str:
+        """Return what a module is called in the export."""
+        return self.renamed(f"{module}.weight").removesuffix(".weight")
 
     def packed(self, name: str) -> PackedWeight:
         """Return the packed weight of an exported module."""
@@ -53,7 +65,7 @@ class NativeSource:
         for name in self.tensors:
             module, _, leaf = name.rpartition(".")
             if module not in quantised or leaf not in (WORDS, SCALE, ZERO_WORDS):
-                yield {name: self.tensors[name]}
+                yield {self.renamed(name): self.tensors[name]}
 
     def dequantised_events(self) -> Iterator[Event]:
         """Yield what the user must be told of a quantised embedding or head."""
@@ -90,8 +102,16 @@ def open_native(folder: Path, target: str) -> NativeSource:
     exported = {name: entry for name, entry in manifest.modules.items() if name not in dequantised}
     if not exported:
         raise RequestError(f"{folder} has no quantised layer that {target} could hold")
-    unquantised = tuple(name for name in linears if name not in exported)
-    return NativeSource(folder, model.dtype, StoredTensors(files), exported, dequantised, unquantised)
+    unquantised = tuple(name for name in dict.fromkeys((*linears, *router_paths(model))) if name not in exported)
+    has_experts = bool(experts_of(model))
+    if has_experts and stored_names(model) is None:
+        raise RequestError(
+            f"{folder} is {type(model).__name__}, whose checkpoints hold all experts of a layer in one tensor, so that no "
+            f"reader of {target} looks for them one by one; keep bitmend's format"
+        )
+    renamed = checkpoint_names(model) if has_experts else str
+    tensors = StoredTensors(files)
+    return NativeSource(folder, model.dtype, tensors, exported, dequantised, unquantised, has_experts, renamed)
 
 
 def in_parts(pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -107,7 +127,7 @@ def in_parts(pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 
 
 def fusion_events(schemes: Mapping[str, object], unquantised: Iterable[str]) -> Iterator[Event]:
-    """Yield an event for projections that vLLM computes as one matrix and that do not share one scheme.
+    """Yield an event for matrices that vLLM computes as one and that do not share one scheme: projections, and experts.
 
     Args:
         schemes: of the quantised modules; anything that can be compared.
@@ -123,6 +143,13 @@ def fusion_events(schemes: Mapping[str, object], unquantised: Iterable[str]) -> 
                     parent,
                     f"{', '.join(leaves)} of {parent} have different schemes; vLLM computes them as one and refuses",
                 )
+    experts: dict[str, set[object]] = {}
+    for name in present:
+        if found := _EXPERT.match(name):
+            experts.setdefault(found[1], set()).add(schemes.get(name))
+    for parent in sorted(parent for parent, used in experts.items() if len(used) > 1):
+        message = f"the experts of {parent} have different schemes; vLLM computes them as one and refuses"
+        yield Event("vllm_fusion", parent, message)
 
 
 def _empty_model(folder: Path, target: str) -> transformers.PreTrainedModel:
@@ -130,8 +157,10 @@ def _empty_model(folder: Path, target: str) -> transformers.PreTrainedModel:
     del config.quantization_config
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
+            model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise RequestError(
             f"only causal language models are exported to {target}; {folder} is {type(config).__name__}"
         ) from error
+    unpack_experts_(model)
+    return model

@@ -2,7 +2,8 @@
 
 Nothing here knows a model by name. The blocks are found by structure and by watching two tokens pass; what lies before
 and after them is run by the model's own `forward`, with the blocks passing their input on, so embeddings, masks,
-rotary tables, final norms, projections and soft caps are the model's own to the last bit.
+rotary tables, final norms, projections and soft caps are the model's own to the last bit. The one thing that is put in place
+of the model's own are packed experts (`models/experts.py`).
 """
 
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from bitmend.models.detour import (
     probe,
     split_hidden,
 )
+from bitmend.models.experts import unpack_experts_
 from bitmend.models.loading import empty_model, read_config
 from bitmend.models.shards import ShardedWeights
 from bitmend.models.tensor_source import TensorSource, buffers_to, outside
@@ -103,6 +105,7 @@ class HfCausalLm:
         weights = ShardedWeights(folder)
         dtype = dtype or _own_dtype(config) or weights.floating_dtype
         model = empty_model(config, dtype, trust_remote_code)
+        unpack_experts_(model)
         buffers_to(model, device)
         return cls(model, folder, config, TensorSource(model, weights, dtype=dtype, device=device))
 

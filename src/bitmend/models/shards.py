@@ -90,14 +90,17 @@ class ShardedWeights:
     def __len__(self) -> int:
         return len(self._table)
 
-    def get(self, name: str) -> Tensor:
-        """Read one tensor; it may share memory with the file, so copy it before you change it."""
+    def get(self, name: str, part: int | None = None) -> Tensor:
+        """Read one tensor, or one part along its first dimension.
+
+        It may share memory with the file, so copy it before you change it.
+        """
         stored = self._entry(name)
         if name in self._mapped:
-            return self._mapped[name]
+            return self._mapped[name] if part is None else self._mapped[name][part]
         try:
             with safe_open(stored.file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
+                tensor: Tensor = opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{stored.file} could not be read at tensor {name} ({error}); copy it again"

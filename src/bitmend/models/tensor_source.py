@@ -2,18 +2,31 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from bitmend.errors import CheckpointError, ModelError
+from bitmend.models.experts import PackedForm, experts_of
 from bitmend.models.shards import ShardedWeights
 
 SHOWN = 4
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Which part of a packed tensor fills a place."""
+
+    form: PackedForm
+    packed: str
+    expert: int
+    role: str
+    leaf: str
 
 
 class TensorSource:
@@ -21,7 +34,8 @@ class TensorSource:
 
     Names are those of the model's own `state_dict`. Files may lack the prefix of the base model (`transformer.` of
     GPT-2), have it where the model does not, use names from before a renaming in transformers, or leave out tied
-    tensors.
+    tensors. The places of experts that were taken apart (`models/experts.py`) are filled from single tensors where the files
+    have them, else from their part of a packed one.
 
     Attributes:
         names: all places to fill, in the order of the model; tied ones that follow another place are left out.
@@ -41,7 +55,9 @@ class TensorSource:
         self.device = device
         self._wide = _kept_in_float32(model, dtype)
         places = {name: place for name, place in model.state_dict().items() if isinstance(place, Tensor)}
+        self._cuts: dict[str, _Cut] = {}
         self._stored = self._match(places)
+        self._match_packed(places)
         self.ties = self._find_ties(places)
         self.names = tuple(name for name in places if name not in self.ties)
         self._refuse_missing()
@@ -70,7 +86,10 @@ class TensorSource:
                     part._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
     def _read(self, name: str) -> Tensor:
-        tensor = self.weights.get(self._stored[name])
+        cut = self._cuts.get(name)
+        tensor = self.weights.get(self._stored[name], None if cut is None else cut.expert)
+        if cut is not None:
+            tensor = cut.form.cut(tensor, cut.role, cut.leaf).contiguous()
         dtype = self._dtype_of(name) if tensor.is_floating_point() else tensor.dtype
         # Always a copy: what was read may lie in the mapped file, and blocks are changed in place later.
         return tensor.to(device=self.device, dtype=dtype, copy=True)
@@ -103,6 +122,21 @@ class TensorSource:
             found = next((table[key] for key in alike if key in table), None)
             if found is not None:
                 matched.setdefault(name, found)
+
+    def _match_packed(self, places: Iterable[str]) -> None:
+        """Match places of single experts with the packed tensors that hold them."""
+        left = [name for name in places if name not in self._stored]
+        wanted: dict[str, tuple[str, _Cut]] = {}
+        for path, experts in experts_of(self.model).items():
+            for name in left:
+                if name.startswith(f"{path}."):
+                    packed, expert, role, leaf = experts.source_of(name.removeprefix(f"{path}."))
+                    wanted[name] = (f"{path}.{packed}", _Cut(experts.form, packed, expert, role, leaf))
+        if wanted:
+            matched = self._match(dict.fromkeys(packed for packed, _ in wanted.values()))
+            found = {name: (matched[packed], cut) for name, (packed, cut) in wanted.items() if packed in matched}
+            self._stored |= {name: stored for name, (stored, _) in found.items()}
+            self._cuts |= {name: cut for name, (_, cut) in found.items()}
 
     def _find_ties(self, places: dict[str, Tensor]) -> dict[str, str]:
         declared: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -144,7 +178,8 @@ class TensorSource:
 
     def _refuse_shapes(self, places: dict[str, Tensor]) -> None:
         for name in self.names:
-            found, needed = self.weights.shape(self._stored[name]), tuple(places[name].shape)
+            found, cut = self.weights.shape(self._stored[name]), self._cuts.get(name)
+            needed = tuple(places[name].shape) if cut is None else cut.form.shapes()[cut.packed]
             if found != needed:
                 raise CheckpointError(
                     f"tensor {self._stored[name]} in {self.weights.folder} has shape {found}, need {needed} by the "
@@ -156,6 +191,16 @@ def _renaming(model: Any) -> Callable[[str], str]:
     """Return what gives a stored name as it is today, for models whose modules have been renamed since."""
     steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     return lambda key: reduce(lambda name, step: step.rename_source_key(name)[0], steps, key)
+
+
+def checkpoint_names(model: Any) -> Callable[[str], str]:
+    """Return what gives a tensor's name in the checkpoints of an architecture, where transformers renames on loading."""
+    steps = [
+        step.reverse_transform()
+        for step in reversed(get_model_conversion_mapping(model, add_legacy=False))
+        if isinstance(step, WeightRenaming) and not isinstance(step, PrefixChange)
+    ]
+    return lambda name: reduce(lambda key, step: step.rename_source_key(key)[0], steps, name)
 
 
 def _is_merged(model: Any, keys: Iterable[str]) -> bool:

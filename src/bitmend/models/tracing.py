@@ -2,10 +2,13 @@
 
 Two tensors are one input when they are the same values in the same memory. Looking at objects alone would tell
 `x` from `x.view(...)`; looking at memory alone would miss that it was overwritten in between.
+
+Experts are the exception: a few tokens do not reach all of them, so what each of them reads is known from their module alone
+(`models/experts.py`), and the trace says only when that module ran.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bitmend.models.experts import UnpackedExperts, experts_of, router_paths
+from bitmend.routing import Expert
 from bitmend.sites import LAYER_VIEWS, Block, LinearSite, SiteGroup, layer_kind
 
 Identity = tuple[int, int, int, int, int]
@@ -32,7 +37,7 @@ class Trace:
     """What happened while a block ran.
 
     Attributes:
-        inputs: site path -> the inputs of its calls; in the order of first calls.
+        inputs: path of a site, or of a module that holds experts -> the inputs of its calls; in the order of first calls.
         norms: what a norm returned -> its path and the time.
         reads: memory -> times at which something other than a site or a norm read it.
         alive: every tensor seen, so that no memory is used twice.
@@ -81,8 +86,14 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _hooked(block: nn.Module, trace: Trace) -> Iterator[None]:
+    holders = experts_of(block)
     with ExitStack() as hooks:
         for path, module in block.named_modules():
+            if _inside(path, holders):
+                continue
+            if path in holders:
+                hooks.callback(module.register_forward_pre_hook(_experts_hook(trace, path), with_kwargs=True).remove)
+                continue
             kind = layer_kind(module)
             if kind is None and not is_norm(module):
                 continue
@@ -105,6 +116,20 @@ def _site_hooks(trace: Trace, path: str) -> tuple[Callable[..., None], Callable[
         trace.inside -= 1
 
     return enter, leave
+
+
+def _experts_hook(trace: Trace, path: str) -> Callable[..., None]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        tensor = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        trace.alive.append(tensor)
+        trace.inputs.setdefault(path, []).append(identity(tensor))
+
+    return enter
+
+
+def _inside(path: str, holders: Iterable[str]) -> bool:
+    return any(path.startswith(f"{holder}.") for holder in holders)
 
 
 def _norm_hooks(trace: Trace, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -136,19 +161,33 @@ def trace_block(block: nn.Module, run: Callable[[], Any]) -> Trace:
 
 def describe(name: str, index: int, block: nn.Module, trace: Trace) -> Block:
     """Turn a trace into typed facts."""
-    grouped: dict[tuple[Identity, ...], list[str]] = {}
+    holders, routers = experts_of(block), router_paths(block)
+    grouped: dict[Hashable, list[str]] = {}
     for path, sources in trace.inputs.items():
-        # A layer that runs twice has two inputs and shares its moments only with one that has the same two.
-        grouped.setdefault(tuple(sources), []).append(path)
-    groups = tuple(
-        SiteGroup(
-            name=group_name(paths),
-            sites=tuple(_site(name, path, block) for path in paths),
-            norm=trace.norm_of(sources[0]) if len(sources) == 1 else None,
-        )
-        for sources, paths in grouped.items()
-    )
-    return Block(name, index, block, groups, tuple(_unread(block, trace)))
+        if path not in routers:
+            # A layer that runs twice has two inputs and shares its moments only with one that has the same two; and what
+            # enters a module of experts is not what each of them reads.
+            grouped.setdefault(path if path in holders else tuple(sources), []).append(path)
+    groups: list[SiteGroup] = []
+    for paths in grouped.values():
+        if paths[0] in holders:
+            groups += _expert_groups(name, paths[0], block, holders[paths[0]])
+            continue
+        sites = tuple(_site(name, path, block) for path in paths)
+        sources = trace.inputs[paths[0]]
+        norm = trace.norm_of(sources[0]) if len(sources) == 1 else None
+        groups.append(SiteGroup(group_name(paths), sites, norm))
+    unread = tuple(path for path in _unread(block, trace, holders) if path not in routers)
+    return Block(name, index, block, tuple(groups), unread, routers)
+
+
+def _expert_groups(name: str, path: str, block: nn.Module, experts: UnpackedExperts) -> Iterator[SiteGroup]:
+    """Yield the groups of all experts, the first step of all of them before the second."""
+    for step, leaves in enumerate(experts.steps()):
+        for number in range(experts.num_experts):
+            paths = [f"{path}.{number}.{leaf}" for leaf in leaves]
+            sites = tuple(_site(name, one, block) for one in paths)
+            yield SiteGroup(group_name(paths), sites, None, Expert(path, number, step))
 
 
 def _site(name: str, path: str, block: nn.Module) -> LinearSite:
@@ -171,10 +210,11 @@ def group_name(paths: list[str]) -> str:
     )
 
 
-def _unread(block: nn.Module, trace: Trace) -> Iterator[str]:
+def _unread(block: nn.Module, trace: Trace, holders: Iterable[str]) -> Iterator[str]:
     """Yield layers with a matrix of weights that no traced site accounts for, such as packed experts."""
+    ran = [holder for holder in holders if holder in trace.inputs]
     for path, module in block.named_modules():
-        if path in trace.inputs or isinstance(module, nn.Embedding):
+        if path in trace.inputs or _inside(path, ran) or isinstance(module, nn.Embedding):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2:

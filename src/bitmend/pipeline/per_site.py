@@ -3,6 +3,9 @@
 For each site the candidate is fitted on the fit split. It is kept if its held-out error is not above that of
 round-to-nearest at the same bits on the same rows; else round-to-nearest is stored and the report says so. A kept candidate
 is then fitted once more on all rows (`refit`). The held-out number in the report always speaks of the candidate before that.
+
+A matrix of an expert that too few calibration tokens reach is solved on all tokens of its layer, or rounded to nearest, as
+the recipe says; either is an event.
 """
 
 import time
@@ -17,7 +20,8 @@ from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.moments import Moments, merge
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution, SolvedSite
-from bitmend.sites import Block, LinearSite
+from bitmend.routing import ExpertTokens
+from bitmend.sites import Block, LinearSite, SiteGroup
 from bitmend.solvers.rtn import Rtn
 
 BOTH_STREAMS = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
@@ -64,11 +68,11 @@ class PerSite:
                     factors = _Factors.from_json(solved.carried)
                     yield solved
                     continue
-                rows = rows or self._measure(index, streams)
+                rows = rows or self._measure(index, group, streams)
                 problem = Problem(site, finite_weight(site, block), schemes[site.name], rows.fit)
                 solution, report = self._solve_timed(problem, rows)
                 factors = factors.with_those_of(rows)
-                events = [*solution.events, *_scale_events(site, solution.qtensor)]
+                events = [*solution.events, *_scale_events(site, solution.qtensor), *self._rare_events(site, rows.sent)]
                 if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed
                     events += _factor_events(site, factors)
                 yield SolvedSite(site, replace(solution, events=tuple(events)), report, factors.to_json())
@@ -76,21 +80,32 @@ class PerSite:
     def _solve_timed(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
         started = time.perf_counter()
         try:
-            solution, report = self._solve_site(problem, rows)
+            solution, report = self._rounded(problem) if rows.too_few else self._solve_site(problem, rows)
         except FactorizationError as error:
             raise FactorizationError(f"solver {self.name} at {problem.site.name}: {error}") from error
+        if rows.sent is not None:
+            report.diagnostics["expert_tokens_fit"] = rows.sent.fit
+            report.diagnostics["expert_tokens_held_out"] = rows.sent.held_out
         report.seconds = time.perf_counter() - started
         return solution, report
 
-    def _measure(self, group_index: int, streams: BlockStreams | None) -> "_Rows":
+    @staticmethod
+    def _rounded(problem: Problem) -> tuple[Solution, SiteReport]:
+        """Round to nearest a matrix of which nothing was measured."""
+        return Rtn().solve(problem), SiteReport(problem.site.name, str(problem.spec), "rtn")
+
+    def _measure(self, group_index: int, group: SiteGroup, streams: BlockStreams | None) -> "_Rows":
         if streams is None and self.solver.needs:
             raise ValueError(f"solver {self.name} needs calibration data")
         needs = self.solver.needs | BOTH_STREAMS if self.two_streams else self.solver.needs
         if streams is None or not needs:
             return _Rows(None, None, None)
+        sent = streams.expert_tokens(group_index) if group.expert is not None else None
+        if sent is not None and sent.treatment == "rtn":
+            return _Rows(None, None, None, sent)
         fit, held_out = streams.moments(group_index, needs)
         both = merge(fit, held_out) if held_out is not None and self.refit else None
-        return _Rows(fit, held_out, both)
+        return _Rows(fit, held_out, both, sent)
 
     def _solve_site(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
         own_choice = Need.HELD_OUT in self.solver.needs
@@ -119,6 +134,17 @@ class PerSite:
             return replace(refitted, proved=solution.qtensor), report
         return solution, report
 
+    def _rare_events(self, site: LinearSite, sent: ExpertTokens | None) -> list[Event]:
+        """Return what the user must know of an expert that too few calibration tokens reach."""
+        if sent is None or sent.treatment == "own":
+            return []
+        if sent.treatment == "pool":
+            return [
+                Event("pooled_expert", site.name, f"{sent.shortage()}; measured on all tokens of its layer instead")
+            ]
+        degrades = not isinstance(self.solver, Rtn)
+        return [Event("rare_expert", site.name, f"{sent.shortage()}; rounded to nearest", degrades)]
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -127,6 +153,12 @@ class _Rows:
     fit: Moments | None
     held_out: Moments | None
     both: Moments | None
+    sent: ExpertTokens | None = None  # of a group that belongs to an expert
+
+    @property
+    def too_few(self) -> bool:
+        """Whether the group is to be rounded to nearest because too few tokens reach its expert."""
+        return self.sent is not None and self.sent.treatment == "rtn"
 
 
 def finite_weight(site: LinearSite, block: Block) -> Any:

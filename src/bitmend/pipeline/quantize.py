@@ -13,6 +13,7 @@ from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.pipeline.per_site import BOTH_STREAMS, PerSite
+from bitmend.pipeline.rare_experts import refuse_rare_experts
 from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
 from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
@@ -49,10 +50,12 @@ def quantise_blocks(
         NumericsError: NaN or Inf in a weight, in a layer's input or in a block's output.
         FactorizationError: moments that stay indefinite.
         RecipeError: a grid that does not fit a site.
+        CalibrationError: an expert that too few tokens reach, where that is to be refused.
         ResumeError: finished blocks do not compute what they computed when they were written.
 
-    Cost: per block one full-precision forward, one partial quantised forward for each group of sites, one quantised
-    forward, and the solver. For each block that the journal holds one full-precision and one quantised forward, unless
+    Cost: per block one full-precision forward, one partial quantised forward for each group of sites (one for all experts
+    of a layer), one quantised forward, and the solver; before it all one full-precision forward where rare experts are to be
+    refused. For each block that the journal holds one full-precision and one quantised forward, unless
     there are no rows or no block is left.
     """
     loop = _Loop(adapter, recipe, report, device, journal)
@@ -60,6 +63,18 @@ def quantise_blocks(
     first = 0 if journal is None else journal.num_finished
     if first == len(names):
         return
+    if batches and first == 0 and recipe.calibration.rare_experts == "refuse" and loop.measures:
+        with loop.timed("forward"):
+            refuse_rare_experts(
+                adapter,
+                batches,
+                recipe.calibration.rare(),
+                lambda site: recipe.scheme(site.name, adapter.dtype) is not None,
+                progress,
+                device=device,
+                directory=directory,
+                trace=trace_batch(),
+            )
     streams = None
     if batches:
         with loop.timed("embed"):
@@ -91,6 +106,7 @@ class _Loop:
         wanted = recipe.calibration
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
         self.keep_inputs = wanted.two_streams or bool(solver.needs & BOTH_STREAMS)
+        self.measures = wanted.two_streams or bool(solver.needs)
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()
@@ -98,7 +114,7 @@ class _Loop:
         report = BlockReport(block.name)
         self.report.blocks.append(report)
         with self.timed("forward"):
-            run = None if streams is None else BlockRun(streams, block, keep_inputs=self.keep_inputs)
+            run = None if streams is None else self._both_streams(streams, block)
         sites = self._solve(block, run, report, events)
         if streams is not None and run is not None:
             with self.timed("forward"):
@@ -114,6 +130,10 @@ class _Loop:
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
         self.report.events += events
         return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events))
+
+    def _both_streams(self, streams: DualStream, block: Block) -> BlockRun:
+        rare = self.recipe.calibration.rare()
+        return BlockRun(streams, block, keep_inputs=self.keep_inputs, rare_experts=rare)
 
     def replay_block(self, finished: QuantisedBlock, index: int, streams: DualStream) -> None:
         """Take both streams through a finished block, by the very steps of `run_block` that they went through it before.

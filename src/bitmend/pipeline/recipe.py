@@ -21,6 +21,7 @@ from bitmend.numerics.qtensor import ObserverName, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.protocols import SOLVERS, TRANSFORMS
 from bitmend.registry import Registry
+from bitmend.routing import RareChoice, RareExperts
 
 RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
 
@@ -98,6 +99,15 @@ class CalibrationSection(_Section):
         False  # measure every error against the full-precision network, also where no method asks for it
     )
     refit: bool = True  # fit again on all rows once a candidate has been accepted on the held-out ones
+    # Of mixtures of experts: what is done with a matrix that fewer tokens of the fit split reach (or none of the held-out
+    # split): measured on all tokens of its layer, rounded to nearest, or the run refused. None stands for pool, and for as
+    # many tokens as the matrix has inputs; both are None so that recipes from before these keys keep their fingerprint.
+    rare_experts: RareChoice | None = None
+    min_tokens_per_expert: StrictInt | None = Field(None, ge=1)
+
+    def rare(self) -> RareExperts:
+        """Return what is done with experts that too few tokens reach."""
+        return RareExperts(self.rare_experts or "pool", self.min_tokens_per_expert)
 
 
 class EndSection(_Section):

@@ -29,6 +29,7 @@ from bitmend.errors import (
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
 from bitmend.formats.writer import CheckpointWriter, check_output
+from bitmend.models.experts import refuse_packed
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
@@ -320,16 +321,21 @@ def choose_device(device: str) -> torch.device:
 def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
     """Check every grid against every site before anything is computed.
 
-    The sites of the first block stand for those of all blocks: blocks of one model differ in their position only.
+    The sites of one block stand for those of all blocks with tensors of the same names and shapes.
 
     Raises:
         RecipeError: a group size that does not fit a site (named), an override that matches nothing.
+        ModelError: packed experts in a form that cannot be quantised.
     """
-    adapter.load_block(0)
-    sites = adapter.describe_block(0, trace_batch()).sites
-    adapter.release_block(0)
-    first = adapter.block_names[0]
-    widths = {block + site.name.removeprefix(first): site.shape[1] for block in adapter.block_names for site in sites}
+    known: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, int]] = {}
+    widths: dict[str, int] = {}
+    for index, block in enumerate(adapter.block_names):
+        module = adapter.model.get_submodule(block)
+        structure = tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict().items())
+        if structure not in known:
+            refuse_packed(module)
+            known[structure] = _widths_of_block(adapter, index)
+        widths |= {f"{block}.{path}": width for path, width in known[structure].items()}
     for name, width in widths.items():
         try:
             spec = recipe.scheme(name, adapter.dtype)
@@ -339,8 +345,16 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
             raise RecipeError(f"{name}: {error}") from error
     for override in recipe.overrides:
         if not any(override.matches(name) for name in widths):
-            hint = nearest_name(override.targets[0], list(widths)[: len(sites)])
+            hint = nearest_name(override.targets[0], list(widths)[: len(next(iter(known.values())))])
             raise RecipeError(f"the override for {override.targets} matches no site of the model{hint}")
+
+
+def _widths_of_block(adapter: ModelAdapter, index: int) -> dict[str, int]:
+    """Return the inputs of each site of a block, by its path in the block."""
+    adapter.load_block(index)
+    sites = adapter.describe_block(index, trace_batch()).sites
+    adapter.release_block(index)
+    return {site.path: site.shape[1] for site in sites}
 
 
 def versions() -> dict[str, str]:
