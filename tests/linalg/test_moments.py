@@ -76,3 +76,14 @@ def test_a_factor_is_computed_once_for_each_setting():
     assert means.inverse_factor(0.01, "natural") is means.inverse_factor(0.01, "natural")
     assert means.inverse_factor(0.02, "natural") is not means.inverse_factor(0.01, "natural")
     assert len(means.factors) == 2
+
+
+def test_means_take_the_memory_of_the_sums():
+    sums = MomentSums(3, cross=True, residual=False, device=torch.device("cpu"))
+    sums.add_(torch.ones(4, 3), torch.zeros(4, 3))
+    addresses = sums.G.data_ptr(), sums.C.data_ptr()
+    means = sums.means()
+    assert (means.G.data_ptr(), means.C.data_ptr()) == addresses
+    assert sums.means() is means
+    with pytest.raises(ValueError, match="the sums have become means; start new sums"):
+        sums.add_(torch.ones(4, 3), torch.zeros(4, 3))

@@ -65,8 +65,10 @@ class PerSite:
                     yield solved
                     continue
                 rows = rows or self._measure(index, streams)
-                problem = Problem(site, finite_weight(site, block), schemes[site.name], rows.fit)
-                solution, report = self._solve_timed(problem, rows)
+                # Under no name of its own, else it would keep the group's moments while those of the next are measured.
+                solution, report = self._solve_timed(
+                    Problem(site, finite_weight(site, block), schemes[site.name], rows.fit), rows
+                )
                 factors = factors.with_those_of(rows)
                 events = [*solution.events, *_scale_events(site, solution.qtensor)]
                 if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed

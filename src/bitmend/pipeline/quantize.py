@@ -12,6 +12,7 @@ from torch import Tensor
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.pipeline.machine import return_free_memory
 from bitmend.pipeline.per_site import BOTH_STREAMS, PerSite
 from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
@@ -72,6 +73,7 @@ def quantise_blocks(
         for index in progress.track(range(first, len(names)), "quantising blocks", len(names) - first):
             yield loop.run_block(index, streams)
             adapter.release_block(index)
+            return_free_memory()
     finally:
         if streams is not None:
             streams.close()
@@ -99,6 +101,7 @@ class _Loop:
         self.report.blocks.append(report)
         with self.timed("forward"):
             run = None if streams is None else BlockRun(streams, block, keep_inputs=self.keep_inputs)
+        return_free_memory()
         sites = self._solve(block, run, report, events)
         if streams is not None and run is not None:
             with self.timed("forward"):
