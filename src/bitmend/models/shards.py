@@ -174,7 +174,7 @@ def _read_values(stored: StoredTensor) -> Tensor:
     raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
     with stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start)
-        into, done = memoryview(raw.numpy()), 0
+        into, done = raw.numpy().data, 0
         while done < len(into):
             count = file.readinto(into[done:])
             if not count:

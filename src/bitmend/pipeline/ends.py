@@ -18,7 +18,7 @@ from bitmend.numerics.qtensor import QTensor, QuantSpec, quantize, stack_rows
 from bitmend.pipeline.recipe import EndSection, Recipe, WeightSection
 from bitmend.protocols import ModelAdapter
 
-PIECE_ENTRIES = 1 << 22  # of a table, rounded at a time
+PIECE_ENTRIES = 1 << 20  # of a table, rounded at a time
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,18 @@ def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
     if recipe.embedding is not None and adapter.head_name is None:
         ends.tied[_path_of_head(adapter)] = adapter.embedding_name
     return ends
+
+
+def end_shapes(adapter: ModelAdapter, recipe: Recipe) -> list[tuple[tuple[int, int], QuantSpec, int]]:
+    """Return of each end that will be quantised its shape, its grid and its bytes as loaded; for the forecast."""
+    sections = {adapter.embedding_name: recipe.embedding, adapter.head_name: recipe.head}
+    found = []
+    for name, section in sections.items():
+        if name is not None and section is not None:
+            weight = adapter.model.get_submodule(name).get_parameter("weight")
+            rows, columns = weight.shape
+            found.append(((rows, columns), _spec(section, adapter.dtype), weight.nbytes))
+    return found
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:

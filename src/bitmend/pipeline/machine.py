@@ -6,6 +6,7 @@ neither `/proc` nor control groups) it is None, and the forecast is told without
 
 import ctypes
 import re
+import resource
 import shutil
 import sys
 from functools import cache
@@ -23,6 +24,12 @@ NO_LIMIT = 2**60
 def anonymous_bytes() -> int | None:
     """Return how much memory this process holds of its own, without the pages of files, or None where nobody can tell."""
     return _kilobytes(PROC / "self" / "status", "RssAnon")
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size of this process so far, pages of files counted."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_memory() -> int | None:

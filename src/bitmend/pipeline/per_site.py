@@ -20,7 +20,8 @@ from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, Si
 from bitmend.sites import Block, LinearSite
 from bitmend.solvers.rtn import Rtn
 
-BOTH_STREAMS = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
+FULL_PRECISION_STREAM = frozenset({Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
+BOTH_STREAMS = FULL_PRECISION_STREAM | {Need.INPUT_MOMENT}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.pipeline.machine import return_free_memory
-from bitmend.pipeline.per_site import BOTH_STREAMS, PerSite
+from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
 from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
 from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
@@ -92,7 +92,7 @@ class _Loop:
         self.transforms = recipe.build_transforms()
         wanted = recipe.calibration
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
-        self.keep_inputs = wanted.two_streams or bool(solver.needs & BOTH_STREAMS)
+        self.keep_inputs = wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM)
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()
