@@ -5,7 +5,8 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_forecast.py growth --work out/forecast --plots docs/results
 
 Each run is a process of its own. Another process reads its anonymous memory (RssAnon in /proc/PID/status) and the size of its
-partial folder every 50 ms; what it held after its imports is taken off. Models are made by `synthetic_model.py`. Results are
+partial folder every 50 ms; what it held after its imports is taken off. *Ahead* is what it takes after the forecast was made:
+before that a tokenizer is at work on the texts. Models are made by `synthetic_model.py`. Results are
 kept in WORK/NAME.json, so that a stopped measurement goes on.
 """
 
@@ -31,13 +32,19 @@ CHILD = """
 import json, sys
 import bitmend, torch, transformers
 from bitmend import assets
-from bitmend.pipeline.run import plan, quantize
+from bitmend.pipeline.run import quantize
 from bitmend.pipeline.machine import anonymous_bytes
+from bitmend.protocols import SilentProgress
+from pathlib import Path
+class Marking(SilentProgress):
+    def say(self, line):
+        if line.startswith("forecast:"):
+            Path(asked["mark"]).touch()
 asked = json.loads(sys.argv[1])
 print(json.dumps(anonymous_bytes()), flush=True)
 sys.stdin.readline()
 rows = [assets.path("books-calibration")] if asked["rows"] else []
-report = quantize(asked["model"], asked["recipe"], rows, output=asked["output"], overrides=asked["keys"])
+report = quantize(asked["model"], asked["recipe"], rows, output=asked["output"], overrides=asked["keys"], progress=Marking())
 sites = [site.diagnostics.get("passes", 0) for block in report.blocks for site in block.sites]
 print(json.dumps({"seconds": report.seconds, "forecast": report.forecast, "passes": sum(sites) / max(1, len(sites))}))
 """
@@ -52,15 +59,21 @@ def measure(work, name, model, recipe, keys, *, rows=True):
     for folder in (output, Path(f"{output}.partial")):
         shutil.rmtree(folder, ignore_errors=True)
     asked = {"model": str(model), "recipe": recipe, "keys": keys, "rows": rows, "output": str(output)}
+    mark = work / f"{name}.mark"
+    mark.unlink(missing_ok=True)
+    asked["mark"] = str(mark)
     command = [sys.executable, "-c", CHILD, json.dumps(asked)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     baseline = json.loads(child.stdout.readline())
     started = time.perf_counter()
     child.stdin.write("\n")
     child.stdin.flush()
-    memory, disk = 0, 0
+    memory, ahead, disk = 0, 0, 0
     while child.poll() is None:
-        memory = max(memory, anonymous(child.pid) - baseline)
+        now = anonymous(child.pid) - baseline
+        memory = max(memory, now)
+        if mark.exists():  # the forecast has been made
+            ahead = max(ahead, now)
         disk = max(disk, bytes_in(Path(f"{output}.partial")))
         time.sleep(SECONDS_BETWEEN)
     wall = time.perf_counter() - started
@@ -72,6 +85,8 @@ def measure(work, name, model, recipe, keys, *, rows=True):
         "passes": found["passes"],
         "memory": memory,
         "memory_forecast": forecast["host_bytes"],
+        "ahead": ahead,
+        "ahead_forecast": forecast["host_bytes_ahead"],
         "disk": disk,
         "disk_forecast": forecast["partial_bytes"],
         "output": bytes_in(output),
@@ -108,20 +123,22 @@ def bytes_in(folder):
 
 def keys_of(sequences=32, length=256, **more):
     """Return recipe keys of a run."""
-    keys = {"weights.bits": 4, "weights.group_size": 64, "calibration.sequences": sequences}
+    keys = {"weights.bits": 4, "weights.group_size": 32, "calibration.sequences": sequences}
     return {**keys, "calibration.sequence_length": length, **more}
 
 
 def header():
     """Print the header of the table."""
-    print("| run | weights MB | memory MB | forecast | ratio | disk MB | forecast | ratio | output | s | forecast | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| run | weights MB | memory MB | forecast | ratio | ahead MB | forecast | ratio | disk MB | forecast | ratio | output | s | forecast | ratio |"
+    )
+    print("|---|" + "---|" * 14)
 
 
 def row(result):
     """Print one row of the table; ratios are forecast over measured."""
     cells = [result["name"], f"{result['weights'] / 1e6:.1f}"]
-    for what in ("memory", "disk"):
+    for what in ("memory", "ahead", "disk"):
         got, said = result[what], result[f"{what}_forecast"]
         cells += [f"{got / 1e6:.1f}", f"{said / 1e6:.1f}", f"{said / got:.2f}"]
     cells.append(f"{result['output_forecast'] / result['output']:.2f}")
@@ -178,7 +195,9 @@ def growth(work, plots):
             axis.loglog(values, got, "o-", label="measured")
             axis.loglog(values, [result[f"{what}_forecast"] / unit for result in results], "x--", label="forecast")
             power = slope if what == "seconds" else min(slope, 2.0)
-            axis.loglog(values, [got[-1] * (value / values[-1]) ** power for value in values], ":", label=f"slope {power:g}")
+            axis.loglog(
+                values, [got[-1] * (value / values[-1]) ** power for value in values], ":", label=f"slope {power:g}"
+            )
             axis.set_xlabel(name)
             axis.set_ylabel("seconds" if what == "seconds" else "anonymous MB above baseline")
             axis.legend(fontsize=7)

@@ -1,9 +1,9 @@
 """What one forward pass of a block takes: bytes, products and seconds, measured on a few tokens and carried to any number.
 
-The block is run on three small batches while every tensor that torch makes is watched. After each operation the bytes that
-are alive are noted. They are a + b t + c t L for t tokens in rows of length L (c > 0 where attention keeps its scores), so
-three batches give a, b and c for each operation, and the largest over all operations is the work space of any batch. No
-architecture is known here by name.
+The block is run on four small batches while every tensor that torch makes is watched. After each operation the bytes that
+are alive are noted. They are a + b t + c L + d t L for t tokens in rows of length L (c: what all rows share, d: scores that
+attention keeps), so four batches give them for each operation, and the largest over all operations is the work space of any
+batch. No architecture is known here by name.
 """
 
 import time
@@ -25,16 +25,17 @@ TIMED_TOKENS = 128
 
 @dataclass(frozen=True)
 class Growth:
-    """A number of bytes that grows with the batch: `fixed + each * tokens + scores * tokens * length`."""
+    """A number of bytes: `fixed + each * tokens + shared * length + scores * tokens * length`."""
 
     fixed: float
     each: float
+    shared: float = 0.0
     scores: float = 0.0
 
     def at(self, rows: int, length: int) -> float:
         """Return the bytes for `rows` rows of `length` tokens."""
         tokens = rows * length
-        return max(0.0, self.fixed + self.each * tokens + self.scores * tokens * length)
+        return max(0.0, self.fixed + self.each * tokens + (self.shared + self.scores * tokens) * length)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
         index: of a loaded block.
         timed_tokens: length of the row that is timed; at most the model's context.
 
-    Cost: four passes over at most `timed_tokens` tokens each, beside one that warms up.
+    Cost: seven passes over at most `timed_tokens` tokens each.
     """
-    shapes = ((1, SHORT), (1, LONG), (2, SHORT))
+    shapes = ((1, SHORT), (1, LONG), (2, SHORT), (2, LONG))
     seen = [_watch(adapter, index, rows, length) for rows, length in shapes]
     series = [one.live for one in seen]
     if len({len(one) for one in series}) > 1:  # routing took other ways: the peaks alone can be compared
@@ -91,9 +92,9 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
 
 
 def _growths(series: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> tuple[Growth, ...]:
-    """Solve for a, b and c of each operation."""
+    """Solve for a, b, c and d of each operation."""
     equations = torch.tensor(
-        [[1.0, rows * length, rows * length * length] for rows, length in shapes], dtype=torch.float64
+        [[1.0, rows * length, length, rows * length * length] for rows, length in shapes], dtype=torch.float64
     )
     solved = torch.linalg.solve(equations, torch.tensor(series, dtype=torch.float64))
     return tuple(

@@ -21,16 +21,17 @@ from bitmend.runtime.packed import packed_shapes
 DOUBLE, SINGLE = 8, 4
 # Freed memory that glibc keeps for later, because its pieces are below 32 MB (docs/results/2026-11-20_cpu-2_forecast.md).
 ALLOCATOR_BYTES = 48 * 2**20
-# Scale search: about eight float32 arrays of a chunk at once.
-SEARCH_BYTES = 8 * SINGLE * CHUNK_ENTRIES
+# Scale search (`numerics/observers.py`): about eight float32 arrays of a chunk at once.
+SEARCH_ARRAYS = 8
 # float64 squares that a factorisation or a product of residual rows holds beside its result (`linalg/cholesky.py`).
 FACTOR_SQUARES = 4
 # float64 matrices of the size of the weight in the proof: W, Q - W, its product with G or C, and that times Q - W.
 PROOF_MATRICES = 4
 # float32 copies in a sweep: the stacked target, its columns, their errors, their levels.
 SWEEP_MATRICES = 4
-# run.json, per site; marr lists its steps, and the index and the headers come on top.
-SITE_REPORT_BYTES = 4096
+OPENING = "opening"
+# run.json and the manifest, per site; marr lists its steps.
+SITE_REPORT_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class Facts:
         on_disk: activations are kept on disk.
         on_device: blocks run on a device with memory of its own.
         held_bytes: what the process held above its baseline when the forecast was made, tensors outside the blocks apart.
+        opening_bytes: the most that it had held above its baseline until then: a tokenizer at work on the calibration texts
+            may take more than all that follows. 0 where it is not known.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -142,6 +145,7 @@ class Facts:
     on_disk: bool = False
     on_device: bool = False
     held_bytes: int = 0
+    opening_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -204,6 +208,11 @@ class Forecast:
         """The stage with the largest host memory."""
         return max(self.stages, key=lambda stage: sum(stage.host.values()))
 
+    @property
+    def host_bytes_ahead(self) -> int:
+        """The largest host memory of what is still to come when the forecast is made."""
+        return int(max(sum(stage.host.values()) for stage in self.stages if stage.name != OPENING))
+
     def with_seconds(self, seconds: dict[str, float]) -> "Forecast":
         """Return the forecast with times."""
         return replace(self, seconds=seconds)
@@ -222,6 +231,7 @@ def forecast(facts: Facts) -> Forecast:
 
 
 def _stages(facts: Facts) -> Iterator[Stage]:
+    yield Stage(OPENING, {"opening the model, drawing calibration rows": float(facts.opening_bytes)})
     written = float(sum(block.count * block.written_bytes for block in facts.blocks))
     for block in facts.blocks:
         if facts.batches:
@@ -230,7 +240,7 @@ def _stages(facts: Facts) -> Iterator[Stage]:
                 yield from _group(facts, block, position)
             yield _quantised_pass(facts, block, written)
         else:
-            yield from _group(facts, block, 0)
+            yield from _group(facts, block, len(block.groups) - 1)
         yield _writing_block(facts, block, written)
     yield _ending(facts, written)
 
@@ -254,7 +264,7 @@ def _argument_bytes(facts: Facts) -> float:
     distinct = {(batch.rows, batch.length) for batch in facts.batches if not batch.masked}
     shapes = [*distinct, *((batch.rows, batch.length) for batch in facts.batches if batch.masked)]
     forward = next((block.forward for block in facts.blocks if block.forward is not None), None)
-    return 0.0 if forward is None else sum(forward.arguments.at(*shape) for shape in shapes)
+    return 0.0 if forward is None else float(sum(forward.arguments.at(*shape) for shape in shapes))
 
 
 def _work_bytes(facts: Facts, block: BlockShape) -> float:
@@ -276,7 +286,8 @@ def _stores(facts: Facts, block: BlockShape, *, outputs: int, inputs: bool, atte
 
 
 def _placed(facts: Facts, stage: Stage, stores: dict[str, float]) -> Stage:
-    (stage.disk if facts.on_disk else stage.host).update(stores)
+    if facts.batches:
+        (stage.disk if facts.on_disk else stage.host).update(stores)
     return stage
 
 
@@ -297,9 +308,9 @@ def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
     if not sites:
         return
     if not facts.batches:
-        sites = list(block.sites)
-    earlier = sum(site.entries for each in block.groups[:position] for site in each if site.spec is not None)
-    shared = {"block weights": float(block.weight_bytes), "codes of solved sites": float(earlier)}
+        sites = list(block.sites)  # nothing is shared by a group then
+    earlier = float(sum(site.entries for each in block.groups[:position] for site in each if site.spec is not None))
+    shared = {"block weights": float(block.weight_bytes), "codes of solved sites": earlier}
     stores = _stores(facts, block, outputs=1, inputs=True, attention=True) if facts.batches else {}
     square = float(DOUBLE * group[0].width ** 2)
     if facts.batches and facts.moments:
@@ -343,7 +354,7 @@ def _solving(facts: Facts, site: SiteShape, square: float) -> dict[str, float]:
         "factors": kept,
         "weight in float32": float(SINGLE * entries),
         "codes": float(2 * entries),
-        "solver or proof": float(max(solver, proof, SEARCH_BYTES)),
+        "solver or proof": float(max(solver, proof, SEARCH_ARRAYS * SINGLE * min(CHUNK_ENTRIES, entries))),
     }
 
 

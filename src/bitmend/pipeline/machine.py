@@ -26,6 +26,11 @@ def anonymous_bytes() -> int | None:
     return _kilobytes(PROC / "self" / "status", "RssAnon")
 
 
+def mapped_bytes() -> int | None:
+    """Return how much of files, libraries foremost, is in the memory of this process; None where nobody can tell."""
+    return _kilobytes(PROC / "self" / "status", "RssFile")
+
+
 def peak_memory_bytes() -> int:
     """Return the largest resident size of this process so far, pages of files counted."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -104,7 +109,10 @@ def _group_folders() -> list[tuple[Path, tuple[str, str, str]]]:
         return []
     found = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not path:
+            continue
         if controllers == "":
             root, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):

@@ -88,6 +88,7 @@ class Plan:
         made = self.forecast
         return {
             "host_bytes": made.host_bytes,
+            "host_bytes_ahead": made.host_bytes_ahead,
             "device_bytes": made.device_bytes,
             "partial_bytes": made.partial_bytes,
             "output_bytes": made.output_bytes,
@@ -104,13 +105,43 @@ class Plan:
 
 
 # ---------------------------------------------------------------------------------------------- facts
+@dataclass(frozen=True)
+class Baseline:
+    """The memory of this process before a model was opened; None where the system does not tell.
+
+    Attributes:
+        anonymous: its own memory.
+        largest: the largest resident size until then.
+    """
+
+    anonymous: int | None
+    largest: int
+
+    @classmethod
+    def take(cls) -> "Baseline":
+        """Return that of this moment."""
+        return cls(machine.anonymous_bytes(), machine.peak_memory_bytes())
+
+    def now(self) -> int:
+        """Return what is held above the baseline."""
+        now = machine.anonymous_bytes()
+        return 0 if now is None or self.anonymous is None else max(0, now - self.anonymous)
+
+    def most_since(self) -> int:
+        """Return the most that was held above it; only what is held now where the largest size is an older one's."""
+        largest, mapped = machine.peak_memory_bytes(), machine.mapped_bytes()
+        if self.anonymous is None or mapped is None or largest <= self.largest:
+            return self.now()
+        return max(self.now(), largest - mapped - self.anonymous)
+
+
 def gather_facts(
     adapter: ModelAdapter,
     recipe: Recipe,
     batches: Sequence[BatchShape],
     device: torch.device,
     *,
-    baseline: int | None = None,
+    baseline: "Baseline | None" = None,
     on_disk: bool = False,
 ) -> Facts:
     """Look at one block of each kind, and at what lies outside the blocks.
@@ -120,7 +151,7 @@ def gather_facts(
         recipe: what is to be done.
         batches: calibration rows; empty for data-free solvers.
         device: where blocks run.
-        baseline: anonymous memory of this process before the model was opened; None where it is not known.
+        baseline: memory of this process before the model was opened; None: nothing is taken off and nothing added.
         on_disk: whether activations are to be kept on disk.
 
     Cost: reads one block of each kind, and five passes over a few tokens.
@@ -128,12 +159,11 @@ def gather_facts(
     solver = recipe.build_solver()
     wanted = recipe.calibration
     needs = solver.needs | BOTH_STREAMS if wanted.two_streams else solver.needs
+    opening = 0 if baseline is None else baseline.most_since()
+    machine.return_free_memory()  # what drawing the rows has left behind
     outside = sum(tensor.nbytes for _, tensor in adapter.outside_tensors())
     blocks = tuple(_block_kinds(adapter, recipe, bool(batches)))
-    held = 0
-    now = machine.anonymous_bytes()
-    if baseline is not None and now is not None:
-        held = max(0, now - baseline - (outside if device.type == "cpu" else 0))
+    held = 0 if baseline is None else max(0, baseline.now() - (outside if device.type == "cpu" else 0))
     return Facts(
         blocks=blocks,
         batches=tuple(batches),
@@ -150,6 +180,7 @@ def gather_facts(
         on_disk=on_disk,
         on_device=device.type != "cpu",
         held_bytes=held,
+        opening_bytes=opening,
     )
 
 
@@ -252,7 +283,7 @@ def settle(facts: Facts, limits: Limits, output: Path) -> Plan:
     spilled = replace(facts, on_disk=True)
     on_disk = forecast(spilled)
     if lacks(facts, made, limits) == "memory" and facts.batches and lacks(spilled, on_disk, limits) is None:
-        return Plan(spilled, on_disk, limits, spilled=True, in_memory_bytes=made.host_bytes)
+        return Plan(spilled, on_disk, limits, spilled=True, in_memory_bytes=made.host_bytes_ahead)
     raise RequestError(_refusal(facts, made, limits, output))
 
 
@@ -260,7 +291,7 @@ def lacks(facts: Facts, made: Forecast, limits: Limits) -> str | None:
     """Return which of memory, device memory and disk a run would not find, or None when it fits."""
     # What has been loaded already is no longer available, and no longer needed.
     there = facts.held_bytes + (0 if facts.on_device else facts.outside_bytes)
-    if limits.memory is not None and made.host_bytes - there > limits.memory:
+    if limits.memory is not None and made.host_bytes_ahead - there > limits.memory:
         return "memory"
     if limits.device is not None and made.device_bytes - facts.outside_bytes > limits.device:
         return "device memory"
@@ -272,7 +303,7 @@ def lacks(facts: Facts, made: Forecast, limits: Limits) -> str | None:
 def _refusal(facts: Facts, made: Forecast, limits: Limits, output: Path) -> str:
     missing = lacks(facts, made, limits)
     needed, there = {
-        "memory": (made.host_bytes, limits.memory),
+        "memory": (made.host_bytes_ahead, limits.memory),
         "device memory": (made.device_bytes, limits.device),
         "disk": (made.partial_bytes, limits.disk),
     }[missing or "memory"]
@@ -336,12 +367,12 @@ def timed(plan: Plan, rates: Rates, *, finished_blocks: int = 0, before: float =
 
 
 # ---------------------------------------------------------------------------------------------- in words
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Return bytes in words: 3 digits, MB below a gigabyte."""
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Return a time in words: no more digits than a forecast has."""
     if seconds < 90:
         return f"{seconds:.0f} s"

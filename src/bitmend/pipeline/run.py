@@ -34,9 +34,10 @@ from bitmend.numerics.granularity import num_groups
 from bitmend.pipeline.ends import check_ends, quantise_ends
 from bitmend.pipeline.fingerprint import fingerprint_of
 from bitmend.pipeline.forecast import BatchShape
-from bitmend.pipeline.machine import anonymous_bytes, peak_memory_bytes
+from bitmend.pipeline.machine import peak_memory_bytes
 from bitmend.pipeline.plan import (
     TOKENS_PER_BATCH,
+    Baseline,
     Plan,
     asked_batches,
     batch_shapes,
@@ -115,7 +116,7 @@ def quantize(
 
     A run in which more than 5 % of the sites did not get what was asked for is for the caller to refuse: `check_guard`.
     """
-    started, baseline = time.perf_counter(), anonymous_bytes()
+    started, baseline = time.perf_counter(), Baseline.take()
     progress = progress or SilentProgress()
     request = _Request.check(
         model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume
@@ -178,7 +179,7 @@ def plan(
     Raises:
         RequestError: the request cannot be carried out as it stands, or does not fit; nothing was written.
     """
-    started, baseline = time.perf_counter(), anonymous_bytes()
+    started, baseline = time.perf_counter(), Baseline.take()
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     request = _Request.check(model, asked, calibration, output, None, device, trust_remote_code, True, False, False)
     wanted = request.recipe.calibration
@@ -194,7 +195,7 @@ def _look_ahead(
     request: "_Request",
     shapes: Sequence[BatchShape],
     started: float,
-    baseline: int | None,
+    baseline: Baseline,
     on_disk: bool,
     resume: bool,
 ) -> Plan:
