@@ -12,6 +12,7 @@ kept in WORK/NAME.json, so that a stopped measurement goes on.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -111,13 +112,14 @@ def anonymous(pid):
 
 
 def bytes_in(folder):
-    """Return the size of all files in a folder; files that vanish meanwhile count nothing."""
+    """Return the size of all files in a folder; files and folders that vanish meanwhile count nothing."""
     total = 0
-    for path in folder.rglob("*") if folder.is_dir() else ():
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(place) / name).stat().st_size
+            except OSError:
+                continue
     return total
 
 
@@ -129,10 +131,12 @@ def keys_of(sequences=32, length=256, **more):
 
 def header():
     """Print the header of the table."""
-    print(
-        "| run | weights MB | memory MB | forecast | ratio | ahead MB | forecast | ratio | disk MB | forecast | ratio | output | s | forecast | ratio |"
-    )
-    print("|---|" + "---|" * 14)
+    columns = ["run", "weights MB"]
+    for what in ("memory MB", "ahead MB", "disk MB"):
+        columns += [what, "forecast", "ratio"]
+    columns += ["output ratio", "s", "forecast", "ratio"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
 
 
 def row(result):
