@@ -13,7 +13,9 @@ from bitmend.numerics.granularity import PerGroup
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.pipeline.forecast import (
-    ALLOCATOR_BYTES,
+    KEPT_ALWAYS,
+    KEPT_FORWARDS,
+    KEPT_WEIGHTS,
     SITE_REPORT_BYTES,
     BatchShape,
     BlockShape,
@@ -53,7 +55,7 @@ def stage(made, name, which=0):
 
 ALWAYS = {
     "held by the process": 0,
-    "kept by the allocator": ALLOCATOR_BYTES,
+    "kept by the allocator": KEPT_ALWAYS + KEPT_WEIGHTS * 4 * 1024 + KEPT_FORWARDS * 2000,
     "token numbers": 60 * 16,
     "outside the blocks": 1000,
     "block arguments": 20 * 8,  # one shape of full rows: its tables are kept once

@@ -5,7 +5,7 @@ largest sum. Each term below says where it comes from. Symbols: T tokens of all 
 hidden states, e bytes of one of their entries, (O, I) shape of a site, n how many of the moments G, C, D are wanted.
 
 Three terms are measured and not counted: the work space of a block's forward (`calibrate/forward_cost.py`), what the process
-held when the forecast was made (imports that come late, the tokenizer), and `ALLOCATOR_BYTES`.
+held when the forecast was made (imports that come late, the tokenizer), and what the allocator keeps (`KEPT_ALWAYS`).
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,11 @@ from bitmend.numerics.qtensor import QuantSpec
 from bitmend.runtime.packed import packed_shapes
 
 DOUBLE, SINGLE = 8, 4
-# Freed memory that glibc keeps for later, because its pieces are below 32 MB (docs/results/2026-11-20_cpu-2_forecast.md).
-ALLOCATOR_BYTES = 48 * 2**20
+# Freed memory that glibc keeps for later, because its pieces are below the 32 MB from which it always gives them back. Measured,
+# not counted (docs/results/2026-11-20_cpu-2_forecast.md): some that is always there, copies of the largest weight in float32,
+# and copies of a forward's work space.
+KEPT_ALWAYS, KEPT_WEIGHTS, KEPT_FORWARDS = 24 * 2**20, 3, 2
+LARGEST_KEPT = 32 * 2**20
 # Scale search (`numerics/observers.py`): about eight float32 arrays of a chunk at once.
 SEARCH_ARRAYS = 8
 # float64 squares that a factorisation or a product of residual rows holds beside its result (`linalg/cholesky.py`).
@@ -249,7 +252,7 @@ def _stage(facts: Facts, name: str, on_device: dict[str, float], on_host: dict[s
     """Return a stage with what always lives."""
     always_host = {
         "held by the process": float(facts.held_bytes),
-        "kept by the allocator": float(ALLOCATOR_BYTES),
+        "kept by the allocator": _kept_by_allocator(facts),
         # Token numbers: the rows and the batches made of them, 64 bits each.
         "token numbers": 16.0 * facts.tokens,
     }
@@ -257,6 +260,12 @@ def _stage(facts: Facts, name: str, on_device: dict[str, float], on_host: dict[s
     if facts.on_device:
         return Stage(name, always_host | on_host, always_device | on_device)
     return Stage(name, always_host | always_device | on_device | on_host)
+
+
+def _kept_by_allocator(facts: Facts) -> float:
+    weight = max((SINGLE * site.entries for block in facts.blocks for site in block.sites), default=0)
+    work = max((_work_bytes(facts, block) for block in facts.blocks), default=0.0)
+    return KEPT_ALWAYS + KEPT_WEIGHTS * min(weight, LARGEST_KEPT) + KEPT_FORWARDS * min(work, 2 * LARGEST_KEPT)
 
 
 def _argument_bytes(facts: Facts) -> float:
@@ -350,11 +359,13 @@ def _solving(facts: Facts, site: SiteShape, square: float) -> dict[str, float]:
     sweep = SWEEP_MATRICES * SINGLE * swept + (SINGLE / DOUBLE) * square * (1 + cost.residual_terms) * (swept > 0)
     proof = PROOF_MATRICES * DOUBLE * entries if facts.batches and facts.moments else 0
     solver = cost.double_matrices * DOUBLE * entries + sweep
+    # `finite_weight` and `choose_qparams` before all: magnitudes and marks of the whole weight, then arrays of a chunk.
+    search = max((SINGLE + 2) * entries, SEARCH_ARRAYS * SINGLE * min(CHUNK_ENTRIES, entries))
     return {
         "factors": kept,
         "weight in float32": float(SINGLE * entries),
         "codes": float(2 * entries),
-        "solver or proof": float(max(solver, proof, SEARCH_ARRAYS * SINGLE * min(CHUNK_ENTRIES, entries))),
+        "solver or proof": float(max(solver, proof, search)),
     }
 
 

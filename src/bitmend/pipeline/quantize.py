@@ -103,6 +103,7 @@ class _Loop:
             run = None if streams is None else BlockRun(streams, block, keep_inputs=self.keep_inputs)
         return_free_memory()
         sites = self._solve(block, run, report, events)
+        return_free_memory()
         if streams is not None and run is not None:
             with self.timed("forward"):
                 y_q = run.run_quantised()
