@@ -27,7 +27,7 @@ SHAPES = {
     "large": {"width": 512, "intermediate": 1408, "blocks": 6, "heads": 8, "key_heads": 4},
 }
 STREAMED = {"width": 1536, "intermediate": 4096, "blocks": 40, "heads": 12, "key_heads": 4, "shard_bytes": 400e6}
-GROWN = {"width": 256, "intermediate": 704, "blocks": 4, "heads": 4, "key_heads": 2}
+GROWN = {"width": 128, "intermediate": 352, "blocks": 4, "heads": 4, "key_heads": 2}
 SECONDS_BETWEEN = 0.05
 CHILD = """
 import json, sys
@@ -186,9 +186,9 @@ def growth(work, plots):
     from matplotlib import pyplot
 
     series = {
-        "tokens": ((4096, 8192, 16384, 32768), 1.0, lambda tokens: (GROWN, keys_of(tokens // 256))),
-        "blocks": ((2, 4, 8, 16), 1.0, lambda blocks: ({**GROWN, "blocks": blocks}, keys_of(16))),
-        "width": ((128, 256, 512), 3.0, lambda width: (_wide(width), keys_of(16))),
+        "tokens": ((4096, 8192, 16384), 1.0, lambda tokens: (GROWN, keys_of(tokens // 256))),
+        "blocks": ((4, 8, 16), 1.0, lambda blocks: ({**GROWN, "blocks": blocks}, keys_of(16))),
+        "width": ((128, 256, 512), 2.0, lambda width: (_wide(width), keys_of(16))),
     }
     header()
     for name, (values, slope, of) in series.items():

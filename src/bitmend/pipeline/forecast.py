@@ -19,9 +19,9 @@ from bitmend.numerics.qtensor import QuantSpec
 from bitmend.runtime.packed import packed_shapes
 
 DOUBLE, SINGLE = 8, 4
-# Freed memory that glibc keeps for later, because its pieces are below the 32 MB from which it always gives them back. Measured,
-# not counted (docs/results/2026-11-20_cpu-2_forecast.md): some that is always there, copies of the largest weight in float32,
-# and copies of a forward's work space.
+# Freed memory that glibc keeps for later, because its pieces are below the 32 MB from which it always gives them back.
+# Measured, not counted (docs/results/2026-11-20_cpu-2_forecast.md): some that is always there, copies of the largest weight
+# in float32, and copies of a forward's work space.
 KEPT_ALWAYS, KEPT_WEIGHTS, KEPT_FORWARDS = 24 * 2**20, 3, 2
 LARGEST_KEPT = 32 * 2**20
 # Scale search (`numerics/observers.py`): about eight float32 arrays of a chunk at once.
@@ -277,7 +277,7 @@ def _argument_bytes(facts: Facts) -> float:
 
 
 def _work_bytes(facts: Facts, block: BlockShape) -> float:
-    if block.forward is None:
+    if block.forward is None or not facts.batches:
         return 0.0
     return max(block.forward.work_bytes(batch.rows, batch.length) for batch in facts.batches)
 
