@@ -10,12 +10,12 @@ from bitmend.numerics.granularity import PerGroup
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.pipeline.forecast import BatchShape, BlockShape, Facts, SiteShape
-from bitmend.pipeline.forecast_time import seconds_of
+from bitmend.pipeline.forecast_time import FINISH_RATE, SECONDS_A_FILE, seconds_of
 from bitmend.pipeline.rates import Rates
 
 SITE = SiteShape(32, 64, QuantSpec(UniformGrid(4, symmetric=True), PerGroup(8)))
 FORWARD = ForwardCost((Growth(0.0, 1.0),), Growth(0.0, 0.0), 0.0, 0.0, seconds=0.5, timed_tokens=10)
-ENDLESS = Rates(*[1e30] * 5, 0.0, 0.0)
+ENDLESS = Rates(*[1e30] * 6, 0.0, 0.0)
 FACTS = Facts(
     blocks=(BlockShape(3, ((SITE,),), 2 * SITE.entries, 2 * SITE.entries, FORWARD),),
     batches=(BatchShape(1, 100),),
@@ -30,7 +30,7 @@ FACTS = Facts(
     refit=False,
     keep_inputs=False,
 )
-RATES = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e-6, 1e-9)
+RATES = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e-6, 1e-9)
 
 
 def test_passes_are_those_of_the_timed_one():
@@ -74,3 +74,10 @@ def test_the_total_is_the_sum():
     found = seconds_of(FACTS, RATES, before=1.5)
     assert found["open"] == 1.5
     assert found["total"] == pytest.approx(sum(value for phase, value in found.items() if phase != "total"))
+
+
+def test_codes_are_packed_twice_on_their_way_to_the_file():
+    files = 3 * 2 * SECONDS_A_FILE  # a site and a block, three times
+    written = 3 * 3 * FACTS.blocks[0].written_bytes / FINISH_RATE
+    slow = replace(ENDLESS, pack=1e3)
+    assert seconds_of(FACTS, slow)["write"] == pytest.approx(3 * 2 * 32 * 64 / 1e3 + files + written)

@@ -8,10 +8,10 @@ from bitmend.calibrate.forward_cost import ForwardCost
 from bitmend.pipeline.forecast import BlockShape, Facts, SiteShape
 from bitmend.pipeline.rates import Rates
 
-# Passes over memory of eight bytes a weight that codes take on their way to the file: packing, its checksum, writing.
-PASSES_TO_FILE = 16
-# A file is brought to the disk after each site and each block.
-SECONDS_A_FILE = 0.005
+# Codes are packed when their site is kept, and again with their block.
+PACKED = 2
+# A file is brought to the disk after each site and each block; how long that takes is the disk's affair, this a usual time.
+SECONDS_A_FILE = 0.02
 # Copies, checksums and comparison of the finished files, bytes a second; SHA-256 is the slowest part of it.
 FINISH_RATE = 3e8
 # Products in float64 of the proof: the energy and the error, of the fit and, twice, of the held-out rows.
@@ -139,4 +139,4 @@ def _write(facts: Facts, rates: Rates) -> float:
     codes = sum(block.count * site.entries for block in facts.blocks for site in block.sites)
     files = sum(block.count * (len(block.sites) + 1) for block in facts.blocks)
     written = sum(block.count * block.written_bytes for block in facts.blocks) + facts.outside_bytes
-    return PASSES_TO_FILE * 8 * codes / rates.pass_over + files * SECONDS_A_FILE + 3 * written / FINISH_RATE
+    return PACKED * codes / rates.pack + files * SECONDS_A_FILE + 3 * written / FINISH_RATE

@@ -15,6 +15,7 @@ from bitmend.linalg.column_sweep import round_columns
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.products import linear
 from bitmend.numerics.qtensor import QuantSpec
+from bitmend.packing.bits import pack_codes
 
 LARGEST_SIDE = 768  # of a matrix that a rate is measured on
 SEARCHED_ENTRIES = 2**16
@@ -31,6 +32,7 @@ class Rates:
         factor: operations of a factorisation and its triangular solve.
         pass_over: bytes of a pass over memory, read or written.
         search: entries whose scales are searched.
+        pack: codes that are packed into words.
         sweep_column: seconds of one column of a sweep, whatever its height.
         sweep_entry: seconds of one more entry in a column, products apart.
     """
@@ -40,6 +42,7 @@ class Rates:
     factor: float
     pass_over: float
     search: float
+    pack: float
     sweep_column: float
     sweep_entry: float
 
@@ -71,6 +74,7 @@ def measure_rates(width: int, spec: QuantSpec, device: torch.device) -> Rates:
     # Of an entry's seconds, the products of a sweep over this many columns are counted apart.
     entry = max(0.0, (sweeps[1] - sweeps[0]) / (SWEPT_ROWS[1] - SWEPT_ROWS[0]) - side / product)
     cells = normal(1024, 1024)
+    codes = torch.zeros(256, 1024, dtype=torch.int8, device=device)
     whole = QuantSpec(spec.grid, observer=spec.observer, scale_dtype=spec.scale_dtype)
     return Rates(
         product=product,
@@ -78,6 +82,7 @@ def measure_rates(width: int, spec: QuantSpec, device: torch.device) -> Rates:
         factor=4 / 3 * side**3 / timed(lambda: factor_inverse(moment, 0.01, "natural")),
         pass_over=3 * cells.nbytes / timed(lambda: cells + cells),
         search=columns.numel() / timed(lambda: choose_qparams(columns, whole)),
+        pack=codes.numel() / timed(lambda: pack_codes(codes, spec.grid.bits)),
         sweep_column=max(0.0, sweeps[0] - (entry + side / product) * SWEPT_ROWS[0]),
         sweep_entry=entry,
     )
