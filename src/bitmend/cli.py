@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the run failed or broke its own guard, 2 the request was w
 Commands import what they need when they run, so that this module itself needs the errors only.
 """
 
-import json
 import os
 import signal
 import sys
@@ -18,6 +17,31 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmend.cli_options import (
+    BitsOption,
+    CalibrationOption,
+    Device,
+    DeviceOption,
+    DiskOption,
+    GroupSizeOption,
+    JsonOption,
+    ModelArgument,
+    OverwriteOption,
+    QuietOption,
+    SeedOption,
+    SequenceLengthOption,
+    SequencesOption,
+    SetOption,
+    TextOption,
+    WindowLengthOption,
+    WindowsOption,
+    check_json_path,
+    progress_of,
+    recipe_keys,
+    show_table,
+    write_json,
+)
+from bitmend.cli_plan import plan
 from bitmend.errors import QuantizationError, RequestError
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells make of SIGINT and SIGTERM: 128 and the number
@@ -31,14 +55,6 @@ app = typer.Typer(
 )
 
 
-class Device(StrEnum):
-    """Where networks run."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
 class Listing(StrEnum):
     """What `bitmend list` can list."""
 
@@ -49,30 +65,6 @@ class Listing(StrEnum):
     RECIPES = "recipes"
     MODELS = "models"
     FORMATS = "formats"
-
-
-ModelArgument = Annotated[str, typer.Argument(help="A local model folder or a hub name.", show_default=False)]
-DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
-BitsOption = Annotated[int | None, typer.Option(help="Width of a code, 1 to 8 (weights.bits).")]
-GroupSizeOption = Annotated[
-    int | None, typer.Option(help="Input channels that share a scale; -1: one per output channel.")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Replace a recipe key, for example solver.damping=0.05.")
-]
-CalibrationOption = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .npy or hf:NAME; may be given again.")]
-SequencesOption = Annotated[int | None, typer.Option(help="Calibration rows.")]
-SequenceLengthOption = Annotated[int | None, typer.Option(help="Tokens in a calibration row.")]
-SeedOption = Annotated[int | None, typer.Option(help="Which rows are drawn and which are held out.")]
-TextOption = Annotated[list[Path] | None, typer.Option(help="A UTF-8 text; may be given again.")]
-WindowsOption = Annotated[int, typer.Option(help="Windows of each text; 0 for all.", min=0)]
-WindowLengthOption = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
-DiskOption = Annotated[
-    bool, typer.Option("--activations-on-disk", help="Keep calibration activations on disk, not in memory.")
-]
 
 
 @app.command()
@@ -106,8 +98,8 @@ def quantize(
     from bitmend.pipeline import run
     from bitmend.pipeline.recipe import load_recipe
 
-    _check_json_path(log_json, made_by_run=output)
-    plan = load_recipe(recipe, _recipe_keys(assignment, bits, group_size, sequences, sequence_length, seed))
+    check_json_path(log_json, made_by_run=output)
+    plan = load_recipe(recipe, recipe_keys(assignment, bits, group_size, sequences, sequence_length, seed))
     options: dict[str, Any] = {
         "output": output,
         "resume": resume,
@@ -119,13 +111,16 @@ def quantize(
         target = run.check_request(model, plan, calibration or (), **options)
         typer.echo(f"# would write {target}\n{plan.to_toml()}", nl=False)
         return
-    options |= {"activations_on_disk": activations_on_disk, "progress": _progress(quiet)}
+    options |= {"activations_on_disk": activations_on_disk, "progress": progress_of(quiet)}
     with _telling_what_is_kept():
         report = run.quantize(model, plan, calibration or (), **options)
     if log_json is not None:
-        _write_json(log_json, run.report_to_json(report))
+        write_json(log_json, run.report_to_json(report))
     _show_run(report)
     run.check_guard(report)
+
+
+app.command()(plan)
 
 
 @app.command()
@@ -145,7 +140,7 @@ def evaluate(
     from bitmend.pipeline.run import choose_device
     from bitmend.report.summary import evaluation_rows
 
-    _check_json_path(json_file)
+    check_json_path(json_file)
     if not text:
         raise RequestError("evaluate needs at least one text, but none came; pass --text FILE")
     report = score(
@@ -156,11 +151,11 @@ def evaluate(
         window_length=window_length,
         batch_size=batch_size,
         device=choose_device(device.value),
-        progress=_progress(quiet),
+        progress=progress_of(quiet),
     )
     if json_file is not None:
-        _write_json(json_file, report.to_dict())
-    _show_table(*evaluation_rows(report))
+        write_json(json_file, report.to_dict())
+    show_table(*evaluation_rows(report))
 
 
 @app.command()
@@ -207,7 +202,7 @@ def compare(
         calibration or (),
         texts=text or (),
         output=output,
-        overrides=_recipe_keys(assignment, bits, group_size, sequences, sequence_length, seed),
+        overrides=recipe_keys(assignment, bits, group_size, sequences, sequence_length, seed),
         windows=windows or None,
         window_length=window_length,
         device=device.value,
@@ -215,9 +210,9 @@ def compare(
         overwrite=overwrite,
         keep_models=not discard_models,
         activations_on_disk=activations_on_disk,
-        progress=_progress(quiet),
+        progress=progress_of(quiet),
     )
-    _show_table(*comparison_rows(found))
+    show_table(*comparison_rows(found))
     check_comparison(found)
 
 
@@ -232,7 +227,7 @@ def inspect(model: ModelArgument, json_file: JsonOption = None) -> None:
     check_folder(folder)
     account = ledger(folder)
     if json_file is not None:
-        _write_json(json_file, account.to_json())
+        write_json(json_file, account.to_json())
     _show_ledger(str(model), account)
 
 
@@ -294,7 +289,7 @@ def demo(
     """Run the main job on the embedded model: quantise, load, measure, compare."""
     from bitmend.demo import run_demo
 
-    run_demo(output, bits=bits, progress=_progress(quiet))
+    run_demo(output, bits=bits, progress=progress_of(quiet))
 
 
 class _Terminated(BaseException):
@@ -400,72 +395,11 @@ def _be_quiet_about_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-def _progress(quiet: bool) -> Any:
-    from bitmend.protocols import SilentProgress
-    from bitmend.report.terminal import TerminalProgress
-
-    return SilentProgress() if quiet else TerminalProgress()
-
-
-def _recipe_keys(
-    assignment: list[str] | None,
-    bits: int | None,
-    group_size: int | None,
-    sequences: int | None,
-    sequence_length: int | None,
-    seed: int | None,
-) -> dict[str, Any]:
-    """Return the recipe keys that the options of a command set.
-
-    Raises:
-        RequestError: a key that is set twice, by `--set` and by an option of its own.
-    """
-    from bitmend.pipeline.recipe import parse_assignments
-
-    short = {
-        "weights.bits": bits,
-        "weights.group_size": group_size,
-        "calibration.sequences": sequences,
-        "calibration.sequence_length": sequence_length,
-        "calibration.seed": seed,
-    }
-    keys = parse_assignments(assignment or [])
-    for key, value in short.items():
-        if value is not None and key in keys:
-            raise RequestError(
-                f"{key} is set twice, by --set to {keys[key]!r} and by its own option to {value}; keep one"
-            )
-    return keys | {key: value for key, value in short.items() if value is not None}
-
-
-def _check_json_path(path: Path | None, made_by_run: Path | None = None) -> None:
-    """Refuse a file that cannot be written before hours of work are lost on it."""
-    if path is None or (made_by_run is not None and path.resolve().parent == made_by_run.resolve()):
-        return
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise RequestError(
-            f"the result cannot be written to {path}: need a file in an existing folder that may be written; choose another"
-        )
-
-
-def _write_json(path: Path, content: Any) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"the result could not be written to {path}: {error.strerror}") from error
-
-
 def _show_run(report: Any) -> None:
     from bitmend.report.summary import run_lines
 
     for line in run_lines(report):
         typer.echo(line)
-
-
-def _show_table(header: list[str], rows: list[list[str]]) -> None:
-    from bitmend.report.terminal import print_table
-
-    print_table("", header, rows)
 
 
 def _show_ledger(model: str, account: Any) -> None:

@@ -129,7 +129,8 @@ class Solution:
 class SiteSolver(Protocol):
     """Chooses the codes of one matrix in closed form: rtn, gptq, gptaq, marr, sage.
 
-    A frozen dataclass that holds its hyperparameters and nothing else.
+    A frozen dataclass that holds its hyperparameters and nothing else. It may have a method `cost()` that returns a
+    `linalg.solver_cost.SolverCost`, for the forecast; without it, one sweep as by GPTQ is assumed.
     """
 
     needs: ClassVar[frozenset[Need]]
@@ -399,7 +400,8 @@ class RunReport:
     """Everything that `run.json` says of a run.
 
     `fingerprint` says what the numbers depend on (`pipeline/fingerprint.py`). Its seconds are those of the process that
-    finished the run; before it, earlier processes took `before_resume`, which is a part of `total`.
+    finished the run; before it, earlier processes took `before_resume`, which is a part of `total`. `forecast` is what was
+    said of memory, disk and time before it started (`pipeline/forecast.py`).
     """
 
     model: str
@@ -413,6 +415,7 @@ class RunReport:
     bits: dict[str, float] = field(default_factory=dict)
     output: str = ""
     fingerprint: dict[str, str] = field(default_factory=dict)
+    forecast: dict[str, Any] = field(default_factory=dict)
     status: Literal["running", "done"] = "running"
 
 

@@ -84,11 +84,20 @@ def test_symmetric_moments_equal_the_whole_product_and_are_symmetric_to_the_bit(
     x_fp = x + 0.1 * torch.randn(40, width, generator=GENERATOR)
     total = MomentSums(width, cross=True, residual=True, device=x.device)
     total.add_(x[:30], x_fp[:30])
-    total.means()  # a look in between changes nothing
     total.add_(x[30:], x_fp[30:])
     means = total.means()
     dx = (x_fp - x).double()
     for ours, exact in ((means.G, x.double().T @ x.double()), (means.D, dx.T @ dx)):
         assert torch.equal(ours, ours.T)
         torch.testing.assert_close(ours, exact / 40, rtol=1e-5, atol=1e-6)
-    assert torch.equal(means.G, total.means().G)
+
+
+def test_means_take_the_memory_of_the_sums():
+    sums = MomentSums(3, cross=True, residual=False, device=torch.device("cpu"))
+    sums.add_(torch.ones(4, 3), torch.zeros(4, 3))
+    addresses = sums.G.data_ptr(), sums.C.data_ptr()
+    means = sums.means()
+    assert (means.G.data_ptr(), means.C.data_ptr()) == addresses
+    assert sums.means() is means
+    with pytest.raises(ValueError, match="the sums have become means; start new sums"):
+        sums.add_(torch.ones(4, 3), torch.zeros(4, 3))

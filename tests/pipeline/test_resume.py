@@ -46,7 +46,7 @@ def timeless(value):
 
 
 def is_measured(key):
-    return key in ("seconds", "peak_memory_bytes", "output") or key.endswith("_seconds")
+    return key in ("seconds", "peak_memory_bytes", "forecast", "output") or key.endswith("_seconds")
 
 
 def assert_same(one, other):

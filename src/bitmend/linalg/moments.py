@@ -90,9 +90,12 @@ def merge(first: Moments, second: Moments) -> Moments:
     a, b = first.num_tokens / total, second.num_tokens / total
 
     def mix(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        return None if one is None or other is None else a * one + b * other
+        return None if one is None or other is None else weighted(one, other)
 
-    return Moments(a * first.G + b * second.G, mix(first.C, second.C), mix(first.D, second.D), total)
+    def weighted(one: Tensor, other: Tensor) -> Tensor:
+        return (a * one).add_(b * other)
+
+    return Moments(weighted(first.G, second.G), mix(first.C, second.C), mix(first.D, second.D), total)
 
 
 class MomentSums:
@@ -109,6 +112,7 @@ class MomentSums:
         self.C = zeros() if cross else None
         self.D = zeros() if residual else None
         self.num_tokens = 0
+        self._means: Moments | None = None
 
     def add_(self, x: Float[Tensor, "token in"], x_fp: Float[Tensor, "token in"] | None) -> None:
         """Add tokens.
@@ -116,7 +120,12 @@ class MomentSums:
         Args:
             x: inputs in the quantised network, any floating dtype.
             x_fp: inputs of the same tokens in the full-precision network; needed when C or D were asked for.
+
+        Raises:
+            ValueError: the means have been taken already.
         """
+        if self._means is not None:
+            raise ValueError("the sums have become means; start new sums to add tokens")
         for start in range(0, len(x), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             inputs = x[rows].float().T.contiguous()
@@ -130,15 +139,16 @@ class MomentSums:
         self.num_tokens += len(x)
 
     def means(self) -> Moments:
-        """Return the moments of all tokens added so far (at least one)."""
-        _mirror(self.G)
-        if self.D is not None:
-            _mirror(self.D)
-
-        def mean(total: Tensor | None) -> Tensor | None:
-            return None if total is None else total / self.num_tokens
-
-        return Moments(self.G / self.num_tokens, mean(self.C), mean(self.D), self.num_tokens)
+        """Return the moments of all tokens added so far (at least one), in the memory of the sums, which end here."""
+        if self._means is None:
+            for total in (self.G, self.D):
+                if total is not None:
+                    _mirror(total)
+            for total in (self.G, self.C, self.D):
+                if total is not None:
+                    total /= self.num_tokens  # in place: a wide layer's sums take gigabytes, and copies as much again
+            self._means = Moments(self.G, self.C, self.D, self.num_tokens)
+        return self._means
 
 
 def _panels(width: int) -> Iterator[slice]:

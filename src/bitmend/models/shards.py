@@ -5,7 +5,8 @@ refused before any work starts, whatever the size of the model.
 """
 
 import json
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,16 +38,29 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of one tensor."""
+    """What a header says of one tensor.
+
+    Attributes:
+        file: that holds it.
+        shape: of the tensor.
+        dtype: of the tensor.
+        start: first byte of its values in a safetensors file; meaningless for others.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def part(self, index: int) -> "StoredTensor":
+        """Return one part along the first dimension."""
+        one = replace(self, shape=self.shape[1:])
+        return replace(one, start=self.start + index * one.num_bytes)
 
 
 class ShardedWeights:
@@ -93,19 +107,22 @@ class ShardedWeights:
     def get(self, name: str, part: int | None = None) -> Tensor:
         """Read one tensor, or one part along its first dimension.
 
-        It may share memory with the file, so copy it before you change it.
+        That of a `.bin` file shares memory with the file: see `shares_memory`.
         """
         stored = self._entry(name)
         if name in self._mapped:
             return self._mapped[name] if part is None else self._mapped[name][part]
         try:
-            with safe_open(stored.file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
-        except (SafetensorError, OSError) as error:
+            return _read_values(stored if part is None else stored.part(part))
+        except OSError as error:
             raise CheckpointError(
                 f"{stored.file} could not be read at tensor {name} ({error}); copy it again"
             ) from error
-        return tensor
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether `get` hands out parts of a mapped file, to be copied before they are changed."""
+        return bool(self._mapped)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that the header states."""
@@ -140,20 +157,47 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (the handle is no dict)
-            return {name: _stored(path, name, piece) for name, piece in slices.items()}
+            starts = _starts(path)
+            return {name: _stored(path, name, piece, starts[name]) for name, piece in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); it may be cut short, so copy or download it again"
         ) from error
 
 
-def _stored(path: Path, name: str, piece: Any) -> StoredTensor:
+def _starts(path: Path) -> dict[str, int]:
+    """Return where the values of each tensor begin, of a file that safetensors has found to be whole."""
+    with path.open("rb") as file:
+        length: int = struct.unpack("<Q", file.read(8))[0]
+        table = json.loads(file.read(length))
+    return {name: 8 + length + item["data_offsets"][0] for name, item in table.items() if name != "__metadata__"}
+
+
+def _read_values(stored: StoredTensor) -> Tensor:
+    """Read straight into the tensor's own memory.
+
+    Not through `safe_open`, which parses the whole header again for each tensor (quadratic in the number of tensors) and
+    maps the file, so that what has been read counts as memory of this process for as long as the map lives.
+    """
+    raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
+    with stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        into, done = raw.numpy().data, 0
+        while done < len(into):
+            count = file.readinto(into[done:])
+            if not count:
+                raise OSError(f"the file ends {len(into) - done} bytes too early")
+            done += count
+    return raw.view(stored.dtype).reshape(stored.shape)
+
+
+def _stored(path: Path, name: str, piece: Any, start: int) -> StoredTensor:
     code = piece.get_dtype()
     if code not in DTYPES:
         raise CheckpointError(
             f"tensor {name} in {path} is of type {code}, need one of {', '.join(DTYPES)}; give a bf16 model"
         )
-    return StoredTensor(path, tuple(piece.get_shape()), DTYPES[code])
+    return StoredTensor(path, tuple(piece.get_shape()), DTYPES[code], start)
 
 
 def _read_index(folder: Path) -> dict[str, StoredTensor]:

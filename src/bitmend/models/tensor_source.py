@@ -91,8 +91,8 @@ class TensorSource:
         if cut is not None:
             tensor = cut.form.cut(tensor, cut.role, cut.leaf).contiguous()
         dtype = self._dtype_of(name) if tensor.is_floating_point() else tensor.dtype
-        # Always a copy: what was read may lie in the mapped file, and blocks are changed in place later.
-        return tensor.to(device=self.device, dtype=dtype, copy=True)
+        # What lies in a mapped file is copied, because blocks are changed in place later.
+        return tensor.to(device=self.device, dtype=dtype, copy=self.weights.shares_memory)
 
     def _put(self, name: str, tensor: Tensor) -> None:
         parent, _, leaf = name.rpartition(".")

@@ -1,6 +1,6 @@
 """A quantised matrix: codes, their scales, and the words that say how to read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup, group_of_column
 from bitmend.numerics.uniform import UniformGrid
+
+CHUNK_ENTRIES = 1 << 20  # entries rounded or decoded at a time
 
 ObserverName = Literal["minmax", "percentile", "mse"]
 
@@ -81,10 +83,16 @@ class QTensor:
     spec: QuantSpec
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """Return the matrix that the codes stand for, computed in float32 and rounded once to `dtype`."""
+        """Return the matrix that the codes stand for, computed in float32 and rounded once to `dtype`.
+
+        Cost: one pass over the matrix; no memory beyond the result but for a few rows at a time.
+        """
         group = group_of_column(self.spec.granularity, self.codes.shape[1]).to(self.codes.device)
-        spread = self.qparams.per_column(group)
-        return self.spec.grid.decode(self.codes, spread.scale, spread.zero_point).to(dtype)
+        values = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for rows in _row_slices(values):
+            spread = _of_rows(self.qparams, rows).per_column(group)
+            values[rows] = self.spec.grid.decode(self.codes[rows], spread.scale, spread.zero_point)
+        return values
 
     def rows(self, start: int, stop: int) -> "QTensor":
         """Return the quantised rows `start:stop`; exact, because rows never share a scale (except per tensor)."""
@@ -99,7 +107,25 @@ def stack_rows(parts: Sequence[QTensor]) -> QTensor:
 
 
 def quantize(weight: Float[Tensor, "out in"], qparams: QParams, spec: QuantSpec) -> QTensor:
-    """Round every entry to its nearest level. Cost: one pass over the matrix."""
+    """Round every entry to its nearest level.
+
+    Cost: one pass over the matrix; no memory beyond the codes but for a few rows at a time.
+    """
     group = group_of_column(spec.granularity, weight.shape[1]).to(weight.device)
-    spread = qparams.per_column(group)
-    return QTensor(spec.grid.encode(weight, spread.scale, spread.zero_point), qparams, spec)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in _row_slices(weight):
+        spread = _of_rows(qparams, rows).per_column(group)
+        codes[rows] = spec.grid.encode(weight[rows], spread.scale, spread.zero_point)
+    return QTensor(codes, qparams, spec)
+
+
+def _row_slices(matrix: Tensor) -> Iterator[slice]:
+    """Yield rows of about `CHUNK_ENTRIES` entries at a time: work arrays stay in the cache, and small."""
+    height = max(1, CHUNK_ENTRIES // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), height):
+        yield slice(start, start + height)
+
+
+def _of_rows(qparams: QParams, rows: slice) -> QParams:
+    """Return the parameters of some rows; one scale for the whole matrix serves all of them."""
+    return qparams if len(qparams.scale) == 1 else qparams.of_rows(rows)

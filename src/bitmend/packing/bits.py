@@ -14,7 +14,7 @@ _WORD = 32
 _LOW_HALF = 0xFFFFFFFF
 # Codes handled at once. Packing widens each code to 64 bits several times over, so a whole large matrix at once would
 # take more memory than the unquantised weight.
-_CODES_AT_ONCE = 1 << 21
+_CODES_AT_ONCE = 1 << 18
 
 
 def num_words(num_codes: int, bits: int) -> int:
@@ -32,7 +32,7 @@ def pack_codes(codes: Int8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, 
     Raises:
         ValueError: a width outside 1..8.
 
-    Cost: one pass, a few dozen bytes for each of the 2^21 codes handled at once.
+    Cost: one pass, a few dozen bytes for each of the 2^18 codes handled at once.
     """
     _check_bits(bits)
     rows, columns = codes.shape
@@ -49,7 +49,7 @@ def unpack_codes(words: Int32[Tensor, "rows words"], bits: int, num_columns: int
     Raises:
         ValueError: a width outside 1..8, or a number of words that does not belong to `num_columns`.
 
-    Cost: one pass, a few dozen bytes for each of the 2^21 codes handled at once.
+    Cost: one pass, a few dozen bytes for each of the 2^18 codes handled at once.
     """
     _check_bits(bits)
     if words.shape[1] != num_words(num_columns, bits):

@@ -14,9 +14,11 @@ from bitmend.errors import NumericsError, RecipeError
 from bitmend.formats.native import site_tensors
 from bitmend.numerics.granularity import num_groups
 from bitmend.numerics.observers import choose_qparams
-from bitmend.numerics.qtensor import QTensor, QuantSpec, quantize
+from bitmend.numerics.qtensor import QTensor, QuantSpec, quantize, stack_rows
 from bitmend.pipeline.recipe import EndSection, Recipe, WeightSection
 from bitmend.protocols import ModelAdapter
+
+PIECE_ENTRIES = 1 << 20  # of a table, rounded at a time
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def check_ends(adapter: ModelAdapter, recipe: Recipe) -> None:
         RecipeError: a head section for a model whose head is tied, or a group size that does not fit.
     """
     for name, tensor in adapter.outside_tensors():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in _pieces(tensor)):
             raise NumericsError(f"the tensor {name} must be finite, but holds NaN or Inf; nothing was saved")
     if recipe.head is not None and adapter.head_name is None:
         raise RecipeError(
@@ -74,13 +76,37 @@ def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
             continue
         section, kind = wanted[module]
         spec = _spec(section, adapter.dtype)
-        weight = tensor.float()
-        qtensor = quantize(weight, choose_qparams(weight, spec), spec)
+        qtensor = _round_rows(tensor, spec)
         ends.quantised[module], ends.kinds[module] = qtensor, kind
         ends.tensors.update(site_tensors(module, qtensor))
     if recipe.embedding is not None and adapter.head_name is None:
         ends.tied[_path_of_head(adapter)] = adapter.embedding_name
     return ends
+
+
+def end_shapes(adapter: ModelAdapter, recipe: Recipe) -> list[tuple[tuple[int, int], QuantSpec, int]]:
+    """Return of each end that will be quantised its shape, its grid and its bytes as loaded; for the forecast."""
+    sections = {adapter.embedding_name: recipe.embedding, adapter.head_name: recipe.head}
+    found = []
+    for name, section in sections.items():
+        if name is not None and section is not None:
+            weight = adapter.model.get_submodule(name).get_parameter("weight")
+            rows, columns = weight.shape
+            found.append(((rows, columns), _spec(section, adapter.dtype), weight.nbytes))
+    return found
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor.flatten(), PIECE_ENTRIES)
+
+
+def _round_rows(table: Tensor, spec: QuantSpec) -> QTensor:
+    """Return a table rounded to nearest, some rows at a time: in float32 at once it would be the largest of all tensors."""
+    parts = []
+    for piece in torch.split(table, max(1, PIECE_ENTRIES // table.shape[1])):
+        weight = piece.float()
+        parts.append(quantize(weight, choose_qparams(weight, spec), spec))
+    return stack_rows(parts)
 
 
 def _path_of_head(adapter: ModelAdapter) -> str:

@@ -24,7 +24,8 @@ from bitmend.routing import ExpertTokens
 from bitmend.sites import Block, LinearSite, SiteGroup
 from bitmend.solvers.rtn import Rtn
 
-BOTH_STREAMS = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
+FULL_PRECISION_STREAM = frozenset({Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
+BOTH_STREAMS = FULL_PRECISION_STREAM | {Need.INPUT_MOMENT}
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class PerSite:
                     yield solved
                     continue
                 rows = rows or self._measure(index, group, streams)
-                problem = Problem(site, finite_weight(site, block), schemes[site.name], rows.fit)
-                solution, report = self._solve_timed(problem, rows)
+                # Under no name of its own, else it would keep the group's moments while those of the next are measured.
+                solution, report = self._solve_timed(
+                    Problem(site, finite_weight(site, block), schemes[site.name], rows.fit), rows
+                )
                 factors = factors.with_those_of(rows)
                 events = [*solution.events, *_scale_events(site, solution.qtensor), *self._rare_events(site, rows.sent)]
                 if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed

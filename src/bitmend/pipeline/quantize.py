@@ -12,7 +12,8 @@ from torch import Tensor
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
-from bitmend.pipeline.per_site import BOTH_STREAMS, PerSite
+from bitmend.pipeline.machine import return_free_memory
+from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
 from bitmend.pipeline.rare_experts import refuse_rare_experts
 from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
@@ -87,6 +88,7 @@ def quantise_blocks(
         for index in progress.track(range(first, len(names)), "quantising blocks", len(names) - first):
             yield loop.run_block(index, streams)
             adapter.release_block(index)
+            return_free_memory()
     finally:
         if streams is not None:
             streams.close()
@@ -105,7 +107,7 @@ class _Loop:
         self.transforms = recipe.build_transforms()
         wanted = recipe.calibration
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
-        self.keep_inputs = wanted.two_streams or bool(solver.needs & BOTH_STREAMS)
+        self.keep_inputs = wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM)
         self.measures = wanted.two_streams or bool(solver.needs)
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
@@ -115,7 +117,9 @@ class _Loop:
         self.report.blocks.append(report)
         with self.timed("forward"):
             run = None if streams is None else self._both_streams(streams, block)
+        return_free_memory()
         sites = self._solve(block, run, report, events)
+        return_free_memory()
         if streams is not None and run is not None:
             with self.timed("forward"):
                 y_q = run.run_quantised()

@@ -3,9 +3,7 @@
 import json
 import math
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -28,7 +26,7 @@ from bitmend.errors import (
 )
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
-from bitmend.formats.writer import CheckpointWriter, check_output
+from bitmend.formats.writer import PARTS, CheckpointWriter, check_output, partial_folder
 from bitmend.models.experts import refuse_packed
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
@@ -36,13 +34,26 @@ from bitmend.models.tokenizer import load_tokenizer
 from bitmend.numerics.granularity import num_groups
 from bitmend.pipeline.ends import check_ends, quantise_ends
 from bitmend.pipeline.fingerprint import fingerprint_of
+from bitmend.pipeline.forecast import BatchShape
+from bitmend.pipeline.machine import peak_memory_bytes
+from bitmend.pipeline.plan import (
+    TOKENS_PER_BATCH,
+    Baseline,
+    Plan,
+    asked_batches,
+    batch_shapes,
+    gather_facts,
+    limits_at,
+    rates_for,
+    settle,
+    timed,
+)
 from bitmend.pipeline.quantize import quantise_blocks, trace_batch
 from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.resume import Journal, check_partial, entry_of, finished_run, remove_leftovers
 from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress, TokenBatch
 
 LONGEST_DEFAULT_SEQUENCE = 2048
-TOKENS_PER_BATCH = 4096
 DEGRADED_SHARE = 0.05
 ACTIVATIONS = "activations"
 # transformers skips a format that it does not know: it warns, and fills the quantised layers with random numbers.
@@ -106,7 +117,7 @@ def quantize(
 
     A run in which more than 5 % of the sites did not get what was asked for is for the caller to refuse: `check_guard`.
     """
-    started = time.perf_counter()
+    started, baseline = time.perf_counter(), Baseline.take()
     progress = progress or SilentProgress()
     request = _Request.check(
         model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume
@@ -118,6 +129,11 @@ def quantize(
         remove_leftovers(target, fingerprint)
         progress.say(f"nothing to do: {target} is finished, and was made with the same request")
         return finished
+    batches = _batches(rows)
+    ahead = _look_ahead(request, batch_shapes(batches), started, baseline, activations_on_disk, resume)
+    progress.say(ahead.line())
+    if ahead.spilled:
+        progress.say(ahead.spill_line())
     report = RunReport(
         model=str(model),
         recipe=plan.model_dump(exclude_none=True),
@@ -125,12 +141,13 @@ def quantize(
         calibration={} if rows is None else rows.summary(),
         output=str(target),
         fingerprint=fingerprint,
+        forecast=ahead.record(),
     )
     with CheckpointWriter(adapter.folder, target, overwrite, resumable=True, resume=resume) as writer:
         journal = _open_journal(writer, fingerprint, adapter.block_names, progress, resume=resume, overwrite=overwrite)
         with _keeping_work(writer, journal):
-            activations = writer.partial / ACTIVATIONS if activations_on_disk else None
-            entries = _write_blocks(request, _batches(rows), report, progress, journal, activations)
+            activations = writer.partial / ACTIVATIONS if ahead.facts.on_disk else None
+            entries = _write_blocks(request, batches, report, progress, journal, activations)
             ends = quantise_ends(adapter, plan)
             for name, qtensor in ends.quantised.items():
                 entries[name] = entry_of(qtensor, ends.kinds[name])
@@ -143,6 +160,55 @@ def quantize(
             documents = {"recipe.toml": plan.to_toml(), "README.md": HOW_TO_LOAD}
             writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
     return report
+
+
+def plan(
+    model: str | Path,
+    recipe: str | Path | Recipe = "gptq",
+    calibration: Sequence[str | Path] | CalibrationSet = (),
+    *,
+    output: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    activations_on_disk: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Forecast memory, disk and time of a run, without running it. Without calibration the recipe's rows are assumed.
+
+    Arguments as of `quantize`.
+
+    Raises:
+        RequestError: the request cannot be carried out as it stands, or does not fit; nothing was written.
+    """
+    started, baseline = time.perf_counter(), Baseline.take()
+    asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    request = _Request.check(model, asked, calibration, output, None, device, trust_remote_code, True, False, False)
+    wanted = request.recipe.calibration
+    if calibration or not request.recipe.build_solver().needs:
+        drawn = draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
+        shapes = batch_shapes(_batches(drawn))
+    else:
+        shapes = asked_batches(wanted.sequences, _row_length(request.recipe, request.adapter), wanted.held_out)
+    return _look_ahead(request, shapes, started, baseline, activations_on_disk, resume=False)
+
+
+def _look_ahead(
+    request: "_Request",
+    shapes: Sequence[BatchShape],
+    started: float,
+    baseline: Baseline,
+    on_disk: bool,
+    resume: bool,
+) -> Plan:
+    """Forecast a run and decide where its activations go."""
+    facts = gather_facts(
+        request.adapter, request.recipe, shapes, request.device, baseline=baseline, on_disk=on_disk and bool(shapes)
+    )
+    settled = settle(facts, limits_at(request.output, request.device), request.output)
+    parts = partial_folder(request.output.resolve()) / PARTS
+    finished = len(list(parts.glob("*.safetensors"))) if resume else 0
+    rates = rates_for(facts, request.device)
+    return timed(settled, rates, finished_blocks=finished, before=time.perf_counter() - started)
 
 
 def _write_blocks(
@@ -268,6 +334,7 @@ class _Request:
         trust_remote_code: bool,
         overwrite: bool,
         resume: bool,
+        needs_rows: bool = True,
     ) -> "_Request":
         if isinstance(recipe, Recipe) and overrides:
             raise RequestError("overrides go with the name of a recipe; change the Recipe object itself instead")
@@ -277,7 +344,7 @@ class _Request:
         target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
         # The writer checks again; this answer comes before the model is opened.
         check_output(folder, target, overwrite, resumable=True, resume=resume)
-        if plan.build_solver().needs and not calibration:
+        if needs_rows and plan.build_solver().needs and not calibration:
             raise RequestError(
                 f"the recipe {plan.name!r} needs calibration data, but none came; "
                 "pass --calibration FILE (text, .jsonl, .npy)"
@@ -368,12 +435,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_memory_bytes() -> int:
-    """Return the largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def draw_calibration(
     recipe: Recipe, adapter: ModelAdapter, sources: Sequence[str | Path] | CalibrationSet, progress: Progress
 ) -> CalibrationSet | None:
@@ -385,13 +446,8 @@ def draw_calibration(
     """
     if not sources:
         return None
-    context = getattr(adapter.model.config, "max_position_embeddings", None) or LONGEST_DEFAULT_SEQUENCE
     wanted = recipe.calibration
-    length = wanted.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
-    if isinstance(sources, CalibrationSet):
-        length = max(row.numel() for row in sources.rows)
-    if length > context:
-        raise RequestError(f"sequence_length must be at most the model's context of {context} tokens; got {length}")
+    length = _row_length(recipe, adapter, sources if isinstance(sources, CalibrationSet) else None)
     if isinstance(sources, CalibrationSet):
         return sources
     rows = load_calibration(
@@ -407,6 +463,17 @@ def draw_calibration(
         f"sha256 {rows.fingerprint[:12]}"
     )
     return rows
+
+
+def _row_length(recipe: Recipe, adapter: ModelAdapter, rows: CalibrationSet | None = None) -> int:
+    """Return the tokens of a full row: of `rows`, or as the recipe asks."""
+    context = getattr(adapter.model.config, "max_position_embeddings", None) or LONGEST_DEFAULT_SEQUENCE
+    length = recipe.calibration.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
+    if rows is not None:
+        length = max(row.numel() for row in rows.rows)
+    if length > context:
+        raise RequestError(f"sequence_length must be at most the model's context of {context} tokens; got {length}")
+    return int(length)
 
 
 def _batches(rows: CalibrationSet | None) -> list[tuple[TokenBatch, bool]]:

@@ -10,12 +10,13 @@ held-out ratio `StrengthMeter.closed_form` asks the second question. Grids are f
 Cost: QEP's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from bitmend.linalg.cholesky import Damping
+from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.linalg.strength import StrengthSolver
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
@@ -33,6 +34,10 @@ class CoreQ:
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT, Need.CROSS_MOMENT, Need.RESIDUAL_MOMENT})
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: GPTQ's work, the shift of the target, and scales for it."""
+        return replace(ONE_SWEEP, squares=2, square_products=2, searches=1, double_products=3, double_matrices=4)
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

@@ -31,6 +31,7 @@ from bitmend.linalg.cholesky import Damping, InverseFactor
 from bitmend.linalg.column_sweep import UniformRounder, column_sweep
 from bitmend.linalg.coordinate_descent import descend_codes, judge, refit_scales, select_rows
 from bitmend.linalg.residual import target_shift
+from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.granularity import PerTensor
 from bitmend.numerics.observers import choose_qparams, stored_scales
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams, stack_rows
@@ -65,6 +66,24 @@ class Descent:
     def __post_init__(self) -> None:
         if not self.scale_factors:
             raise RecipeError("descent needs at least one scale factor, but solver.scale_factors is empty; set [1.0]")
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts; a sweep of descent costs three products, a refit of scales one in float64."""
+        candidates = len(self.scale_factors)
+        descents = self.rounds + 1
+        return SolverCost(
+            factors=1,
+            squares=3,
+            square_products=2,
+            sweeps=1,
+            copies=candidates,
+            stacked=candidates,
+            stacked_entries=STACKED_ENTRIES,
+            searches=1,
+            products=2 * self.sweeps * descents,
+            double_products=1 + candidates + 4 * descents + self.rounds,
+            double_matrices=8,
+        )
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix; diagnostics hold f after each stage, relative to GPTQ's on T with the first factor.

@@ -14,7 +14,7 @@ full-precision stream is free of every quantiser. Grids are fixed before the swe
 Cost: GPTQ's, 4 in^3 more for P (shared), and another out in^2 / 2 multiply-adds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ import torch
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.residual import causal_rows
+from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 REFERENCE_BLOCK = 128
@@ -45,6 +46,10 @@ class Gptaq:
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
     compat: Literal["exact", "reference"] = "exact"
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: GPTQ's work, P of two products, and a residual term."""
+        return replace(ONE_SWEEP, squares=2, square_products=2, residual_terms=1)
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

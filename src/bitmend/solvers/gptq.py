@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import round_columns
+from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 
@@ -36,6 +37,10 @@ class Gptq:
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: one factor and one sweep."""
+        return ONE_SWEEP
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

@@ -38,6 +38,7 @@ import torch
 
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.moments import Moments
+from bitmend.linalg.solver_cost import SolverCost
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
 from bitmend.numerics.qtensor import QTensor
 from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
@@ -94,6 +95,26 @@ class Marr:
     refit: bool = True
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: three strengths stacked, half of the steps allowed, and the refit.
+
+        How many steps a matrix takes is known afterwards only; on the models of docs/results it is about half.
+        """
+        steps = (self.max_steps + 1) // 2
+        return SolverCost(
+            factors=1 + self.folds,
+            squares=2 * (1 + self.folds),
+            square_products=2 * (1 + self.folds),
+            sweeps=(1 + steps) * self.folds + 1,
+            copies=(3 + steps) * self.folds + 1,
+            stacked=3,
+            residual_terms=0 if self.form == "shift" else 1,
+            searches=self.folds,
+            products=(4 + 3 + steps) * self.folds,
+            double_products=1 + self.folds,
+            double_matrices=4 + 4 * self.folds,
+        )
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix, with every step of the loop among the diagnostics.

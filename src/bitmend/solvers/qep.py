@@ -7,10 +7,11 @@ term, that is as protection from overfitting. Grids are fitted on the moved targ
 Cost: GPTQ's and 6 out in^2 operations in float64 for the shift.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from bitmend.linalg.cholesky import Damping
+from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.linalg.strength import StrengthSolver
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
@@ -30,6 +31,10 @@ class Qep:
     residual_strength: float = 0.5
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: GPTQ's work, the shift of the target, and scales for it."""
+        return replace(ONE_SWEEP, squares=2, square_products=2, searches=1, double_products=1, double_matrices=4)
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

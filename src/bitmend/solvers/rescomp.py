@@ -12,7 +12,7 @@ that the answer does not depend on a block size; damping once.
 Cost: GPTAQ's, 4 in^3 more for P2 (shared), and another out in^2 / 2 multiply-adds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ import torch
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.residual import causal_rows
+from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
 
@@ -40,6 +41,10 @@ class ResComp:
     drift_strength: float = 0.25
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: GPTQ's work, two P of two products each, and two residual terms."""
+        return replace(ONE_SWEEP, squares=3, square_products=4, residual_terms=2)
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

@@ -6,6 +6,7 @@ The base that every other solver has to beat at the same bits. Cost: one pass ov
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.qtensor import quantize
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
 
@@ -20,6 +21,10 @@ class Rtn:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: nothing but the rounding that every proof takes."""
+        return SolverCost()
 
     def solve(self, problem: Problem) -> Solution:
         """Return the nearest codes."""

@@ -16,6 +16,7 @@ import torch
 from bitmend.errors import RecipeError
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.moments import Moments
+from bitmend.linalg.solver_cost import SolverCost
 from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
 from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
 
@@ -55,6 +56,22 @@ class StrengthGrid:
                 f"strength_grid needs at least one point and a max_strength of 0 or more; got {self.points} points and "
                 f"{self.max_strength}"
             )
+
+    def cost(self) -> SolverCost:
+        """Return what the forecast counts: all strengths stacked in one sweep and measured, then the refit."""
+        return SolverCost(
+            factors=2,
+            squares=4,
+            square_products=4,
+            sweeps=2,
+            copies=self.points + 1,
+            stacked=self.points,
+            residual_terms=0 if self.form == "shift" else 1,
+            searches=1,
+            products=4 + self.points,
+            double_products=2,
+            double_matrices=8,
+        )
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

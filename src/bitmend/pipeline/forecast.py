@@ -1,0 +1,417 @@
+"""How much memory and disk a run will take, counted from the shapes before it starts.
+
+A pure function of facts. A run is a row of stages; at each of them certain tensors live at the same time, and the peak is the
+largest sum. Each term below says where it comes from. Symbols: T tokens of all rows (padding counted), H width of the
+hidden states, e bytes of one of their entries, (O, I) shape of a site, n how many of the moments G, C, D are wanted.
+
+Three terms are measured and not counted: the work space of a block's forward (`calibrate/forward_cost.py`), what the process
+held when the forecast was made (imports that come late, the tokenizer), and what the allocator keeps (`KEPT_ALWAYS`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from bitmend.calibrate.forward_cost import ForwardCost
+from bitmend.linalg.moments import CHUNK_TOKENS
+from bitmend.linalg.solver_cost import SolverCost
+from bitmend.numerics.observers import CHUNK_ENTRIES
+from bitmend.numerics.qtensor import QuantSpec
+from bitmend.runtime.packed import packed_shapes
+
+DOUBLE, SINGLE = 8, 4
+# Freed memory that glibc keeps for later, because its pieces are below the 32 MB from which it always gives them back.
+# Measured, not counted (docs/results/2026-11-20_cpu-2_forecast.md): some that is always there, copies of the largest weight
+# in float32, and copies of a forward's work space.
+KEPT_ALWAYS, KEPT_WEIGHTS, KEPT_FORWARDS = 24 * 2**20, 3, 2
+LARGEST_KEPT = 32 * 2**20
+# Scale search (`numerics/observers.py`): about eight float32 arrays of a chunk at once.
+SEARCH_ARRAYS = 8
+# float64 squares that a factorisation or a product of residual rows holds beside its result (`linalg/cholesky.py`).
+FACTOR_SQUARES = 4
+# float64 matrices of the size of the weight in the proof: W, Q - W, its product with G or C, and that times Q - W.
+PROOF_MATRICES = 4
+# float32 copies in a sweep: the stacked target, its columns, their errors, their levels.
+SWEEP_MATRICES = 4
+OPENING = "opening"
+# run.json and the manifest, per site; marr lists its steps.
+SITE_REPORT_BYTES = 2048
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """One matrix of a block.
+
+    Attributes:
+        out: rows.
+        width: columns.
+        spec: its grid; None when it is skipped.
+    """
+
+    out: int
+    width: int
+    spec: QuantSpec | None
+
+    @property
+    def entries(self) -> int:
+        """How many weights."""
+        return self.out * self.width
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes in the file; 0 when it is skipped, because it then counts among the rest of its block."""
+        if self.spec is None:
+            return 0
+        shapes = packed_shapes((self.out, self.width), self.spec).values()
+        return sum(dtype.itemsize * rows * columns for dtype, (rows, columns) in shapes)
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One kind of block.
+
+    Attributes:
+        count: how many blocks are of this kind.
+        groups: sites that share an input, in execution order.
+        weight_bytes: of all its tensors, loaded.
+        site_bytes: of those that are quantised, loaded.
+        forward: what one pass takes; None without calibration rows.
+    """
+
+    count: int
+    groups: tuple[tuple[SiteShape, ...], ...]
+    weight_bytes: int
+    site_bytes: int
+    forward: ForwardCost | None = None
+
+    @property
+    def sites(self) -> tuple[SiteShape, ...]:
+        """All sites that are quantised."""
+        return tuple(site for group in self.groups for site in group if site.spec is not None)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the finished block in the file."""
+        return sum(site.packed_bytes for site in self.sites) + self.weight_bytes - self.site_bytes
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """One batch of calibration rows; padding counts as tokens."""
+
+    rows: int
+    length: int
+    held_out: bool = False
+    masked: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens run."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the forecast depends on.
+
+    Attributes:
+        blocks: kinds of blocks.
+        batches: calibration rows; empty for data-free solvers.
+        hidden: width of the hidden states.
+        dtype_bytes: of one of their entries.
+        outside_bytes: tensors outside the blocks, loaded.
+        ends: embedding and head where they are quantised: (out, width) and grid, and bytes as loaded.
+        companion_bytes: tokenizer and other files that are copied.
+        cost: of the solver.
+        moments: n.
+        own_choice: the solver gets the held-out moments and those of all rows, and refits by itself.
+        refit: fit again on all rows.
+        keep_inputs: the inputs of all groups in the full-precision network are stored.
+        on_disk: activations are kept on disk.
+        on_device: blocks run on a device with memory of its own.
+        held_bytes: what the process held above its baseline when the forecast was made, tensors outside the blocks apart.
+        opening_bytes: the most that it had held above its baseline until then: a tokenizer at work on the calibration texts
+            may take more than all that follows. 0 where it is not known.
+    """
+
+    blocks: tuple[BlockShape, ...]
+    batches: tuple[BatchShape, ...]
+    hidden: int
+    dtype_bytes: int
+    outside_bytes: int
+    ends: tuple[tuple[SiteShape, int], ...]
+    companion_bytes: int
+    cost: SolverCost
+    moments: int
+    own_choice: bool
+    refit: bool
+    keep_inputs: bool
+    on_disk: bool = False
+    on_device: bool = False
+    held_bytes: int = 0
+    opening_bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(batch.tokens for batch in self.batches)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether some rows are held out."""
+        return any(batch.held_out for batch in self.batches)
+
+    @property
+    def refits(self) -> bool:
+        """Whether moments of all rows are made beside those of the two splits."""
+        return self.refit and self.has_held_out
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks."""
+        return sum(block.count for block in self.blocks)
+
+    @property
+    def stream_bytes(self) -> int:
+        """One stream of hidden states: T H e."""
+        return self.tokens * self.hidden * self.dtype_bytes
+
+
+@dataclass
+class Stage:
+    """What lives at one moment: bytes by what they are."""
+
+    name: str
+    host: dict[str, float] = field(default_factory=dict)
+    device: dict[str, float] = field(default_factory=dict)
+    disk: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        host_bytes: largest anonymous memory above the baseline of the process.
+        device_bytes: largest memory on the device; 0 on a CPU.
+        partial_bytes: largest size of the partial folder.
+        output_bytes: of the finished folder.
+        stages: where these numbers come from.
+        seconds: by phase, `total` among them; empty where no rates were measured.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    partial_bytes: int
+    output_bytes: int
+    stages: tuple[Stage, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> Stage:
+        """The stage with the largest host memory."""
+        return max(self.stages, key=lambda stage: sum(stage.host.values()))
+
+    @property
+    def host_bytes_ahead(self) -> int:
+        """The largest host memory of what is still to come when the forecast is made."""
+        return int(max(sum(stage.host.values()) for stage in self.stages if stage.name != OPENING))
+
+    def with_seconds(self, seconds: dict[str, float]) -> "Forecast":
+        """Return the forecast with times."""
+        return replace(self, seconds=seconds)
+
+
+def forecast(facts: Facts) -> Forecast:
+    """Count the stages of a run and return the largest sums."""
+    stages = tuple(_stages(facts))
+    return Forecast(
+        host_bytes=int(max(sum(stage.host.values()) for stage in stages)),
+        device_bytes=int(max(sum(stage.device.values()) for stage in stages)) if facts.on_device else 0,
+        partial_bytes=int(max(sum(stage.disk.values()) for stage in stages)),
+        output_bytes=int(_output_bytes(facts)),
+        stages=stages,
+    )
+
+
+def _stages(facts: Facts) -> Iterator[Stage]:
+    yield Stage(OPENING, {"opening the model, drawing calibration rows": float(facts.opening_bytes)})
+    written = float(sum(block.count * block.written_bytes for block in facts.blocks))
+    for block in facts.blocks:
+        if facts.batches:
+            yield _full_precision_pass(facts, block)
+            for position in range(len(block.groups)):
+                yield from _group(facts, block, position)
+            yield _quantised_pass(facts, block, written)
+        else:
+            yield from _group(facts, block, len(block.groups) - 1)
+        yield _writing_block(facts, block, written)
+    yield _ending(facts, written)
+
+
+def _stage(facts: Facts, name: str, on_device: dict[str, float], on_host: dict[str, float]) -> Stage:
+    """Return a stage with what always lives."""
+    always_host = {
+        "held by the process": float(facts.held_bytes),
+        "kept by the allocator": _kept_by_allocator(facts),
+        # Token numbers: the rows and the batches made of them, 64 bits each.
+        "token numbers": 16.0 * facts.tokens,
+    }
+    always_device = {"outside the blocks": float(facts.outside_bytes), "block arguments": _argument_bytes(facts)}
+    if facts.on_device:
+        return Stage(name, always_host | on_host, always_device | on_device)
+    return Stage(name, always_host | always_device | on_device | on_host)
+
+
+def _kept_by_allocator(facts: Facts) -> float:
+    weight = max((SINGLE * site.entries for block in facts.blocks for site in block.sites), default=0)
+    work = max((_work_bytes(facts, block) for block in facts.blocks), default=0.0)
+    return KEPT_ALWAYS + KEPT_WEIGHTS * min(weight, LARGEST_KEPT) + KEPT_FORWARDS * min(work, 2 * LARGEST_KEPT)
+
+
+def _argument_bytes(facts: Facts) -> float:
+    """Rotary tables and masks: kept once for each shape of full rows, and for each batch of padded ones."""
+    distinct = {(batch.rows, batch.length) for batch in facts.batches if not batch.masked}
+    shapes = [*distinct, *((batch.rows, batch.length) for batch in facts.batches if batch.masked)]
+    forward = next((block.forward for block in facts.blocks if block.forward is not None), None)
+    return 0.0 if forward is None else float(sum(forward.arguments.at(*shape) for shape in shapes))
+
+
+def _work_bytes(facts: Facts, block: BlockShape) -> float:
+    if block.forward is None or not facts.batches:
+        return 0.0
+    return max(block.forward.work_bytes(batch.rows, batch.length) for batch in facts.batches)
+
+
+# ---------------------------------------------------------------------------------------------- what is stored of streams
+def _stores(facts: Facts, block: BlockShape, *, outputs: int, inputs: bool, attention: bool) -> dict[str, float]:
+    """Activations at one stage: x_fp and x_q, so many outputs of the block, group inputs, results of attention."""
+    streams = {"x_fp, x_q": 2.0 * facts.stream_bytes, "block outputs": float(outputs * facts.stream_bytes)}
+    if inputs and facts.keep_inputs:
+        widths = sum(group[0].width for group in block.groups)
+        streams["group inputs"] = float(facts.tokens * widths * facts.dtype_bytes)
+    if attention and block.forward is not None:
+        streams["results of attention"] = facts.tokens * block.forward.attention_bytes
+    return streams
+
+
+def _placed(facts: Facts, stage: Stage, stores: dict[str, float]) -> Stage:
+    if facts.batches:
+        (stage.disk if facts.on_disk else stage.host).update(stores)
+    return stage
+
+
+# ---------------------------------------------------------------------------------------------- the stages of one block
+def _full_precision_pass(facts: Facts, block: BlockShape) -> Stage:
+    """`BlockRun.__init__`: y_fp and the group inputs grow while the block runs batch by batch."""
+    on_device = {"block weights": float(block.weight_bytes), "forward of a batch": _work_bytes(facts, block)}
+    stage = _stage(facts, "full-precision forward", on_device, {})
+    return _placed(facts, stage, _stores(facts, block, outputs=1, inputs=True, attention=False))
+
+
+def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
+    """The moments of one group, then its sites one by one."""
+    group = block.groups[position]
+    sites = [site for site in group if site.spec is not None] or [
+        site for each in block.groups for site in each if site.spec is not None
+    ]
+    if not sites:
+        return
+    if not facts.batches:
+        sites = list(block.sites)  # nothing is shared by a group then
+    earlier = float(sum(site.entries for each in block.groups[:position] for site in each if site.spec is not None))
+    shared = {"block weights": float(block.weight_bytes), "codes of solved sites": earlier}
+    stores = _stores(facts, block, outputs=1, inputs=True, attention=True) if facts.batches else {}
+    square = float(DOUBLE * group[0].width ** 2)
+    if facts.batches and facts.moments:
+        work = {"forward of a batch": _work_bytes(facts, block), **_summing(facts, group[0].width)}
+        yield _placed(facts, _stage(facts, "moments of a group", shared | work, {}), stores)
+        shared = shared | {"moments": _moment_sets(facts) * facts.moments * square}
+        solving = {"factorisation": (facts.cost.squares * (1 + facts.refits) + FACTOR_SQUARES) * square}
+        yield _placed(facts, _stage(facts, "factorisation", shared | solving, {}), stores)
+    site = max(sites, key=lambda one: one.entries)
+    yield _placed(facts, _stage(facts, "solving a site", shared | _solving(facts, site, square), {}), stores)
+
+
+def _moment_sets(facts: Facts) -> int:
+    """Of the fit rows and of the held-out rows (sums are there, if empty), and of both where candidates are refitted."""
+    return 3 if facts.refits else 2
+
+
+def _summing(facts: Facts, width: int) -> dict[str, float]:
+    """`MomentSums.add_`: sums of both splits, a chunk of inputs in float32, the float32 product; or the merge at the end."""
+    square = DOUBLE * width**2
+    chunk = min(CHUNK_TOKENS, max(batch.tokens for batch in facts.batches)) * width * SINGLE
+    sums = 2 * facts.moments * square
+    adding = chunk * (3 if facts.moments > 1 else 2) + SINGLE * width**2
+    # The means take the place of the sums; beside them the merged ones, and one product at a time.
+    merging = (facts.moments + 1) * square if facts.refits else square * (1 + 2 / DOUBLE)
+    return {"sums of moments": float(sums), "adding to them": float(max(adding, merging))}
+
+
+def _solving(facts: Facts, site: SiteShape, square: float) -> dict[str, float]:
+    """One site: what the group shares, the weight in float32, then the sweep or the proof, whichever takes more."""
+    cost, entries = facts.cost, site.entries
+    kept = cost.squares * square * (1 + facts.refits)
+    swept = entries * cost.stacked
+    if cost.stacked_entries is not None:
+        swept = min(swept, max(cost.stacked_entries, site.width * cost.stacked))
+    # U and each P in float32 beside the copies of the matrix.
+    sweep = SWEEP_MATRICES * SINGLE * swept + (SINGLE / DOUBLE) * square * (1 + cost.residual_terms) * (swept > 0)
+    proof = PROOF_MATRICES * DOUBLE * entries if facts.batches and facts.moments else 0
+    solver = cost.double_matrices * DOUBLE * entries + sweep
+    # `finite_weight` and `choose_qparams` before all: magnitudes and marks of the whole weight, then arrays of a chunk.
+    search = max((SINGLE + 2) * entries, SEARCH_ARRAYS * SINGLE * min(CHUNK_ENTRIES, entries))
+    return {
+        "factors": kept,
+        "weight in float32": float(SINGLE * entries),
+        "codes": float(2 * entries),
+        "solver or proof": float(max(solver, proof, search)),
+    }
+
+
+def _quantised_pass(facts: Facts, block: BlockShape, written: float) -> Stage:
+    """`BlockRun.run_quantised`: everything of the block is there, and y_q grows."""
+    on_device = {
+        "block weights": float(block.weight_bytes),
+        "codes of solved sites": float(sum(site.entries for site in block.sites)),
+        "forward of a batch": _work_bytes(facts, block),
+    }
+    stage = _stage(facts, "quantised forward", on_device, {})
+    stage.disk["finished blocks"] = written - block.written_bytes
+    stage.disk["solved sites"] = float(sum(site.packed_bytes for site in block.sites))
+    return _placed(facts, stage, _stores(facts, block, outputs=2, inputs=True, attention=True))
+
+
+def _writing_block(facts: Facts, block: BlockShape, written: float) -> Stage:
+    """`Journal.keep_block`: the codes are packed; the block is let go of afterwards, the streams have moved on."""
+    on_device = {
+        "block weights": float(block.weight_bytes),
+        "codes of solved sites": float(sum(site.entries for site in block.sites)),
+        "packed codes": float(sum(site.packed_bytes for site in block.sites)),
+    }
+    stage = _stage(facts, "writing a block", on_device, {})
+    stage.disk["finished blocks"] = written
+    stage.disk["solved sites"] = float(sum(site.packed_bytes for site in block.sites))
+    return _placed(facts, stage, _stores(facts, block, outputs=0, inputs=False, attention=False))
+
+
+# ---------------------------------------------------------------------------------------------- the end
+def _ending(facts: Facts, written: float) -> Stage:
+    """`quantise_ends` and `CheckpointWriter.finish`: parts and shards are on disk at once until the rename."""
+    codes = sum(end.entries + end.packed_bytes for end, _ in facts.ends)
+    stage = _stage(facts, "embedding, head, shards", {"codes of the ends": float(codes)}, {})
+    stage.disk["parts"] = written + _outside_written(facts)
+    stage.disk["model folder"] = _output_bytes(facts)
+    return stage
+
+
+def _outside_written(facts: Facts) -> float:
+    return float(
+        facts.outside_bytes - sum(loaded for _, loaded in facts.ends) + sum(end.packed_bytes for end, _ in facts.ends)
+    )
+
+
+def _output_bytes(facts: Facts) -> float:
+    sites = sum(block.count * len(block.sites) for block in facts.blocks)
+    written = sum(block.count * block.written_bytes for block in facts.blocks)
+    return written + _outside_written(facts) + facts.companion_bytes + SITE_REPORT_BYTES * sites

@@ -1,0 +1,142 @@
+"""How long a run will take: its operations, counted from the shapes, over rates measured on this machine.
+
+The rates come from `rates.py` and, for the layers of the model, from one timed pass (`calibrate/forward_cost.py`). Other work
+on the machine changes all of them while the run goes on; the time left that is shown then is that of the blocks done so far.
+"""
+
+from bitmend.calibrate.forward_cost import ForwardCost
+from bitmend.pipeline.forecast import BlockShape, Facts, SiteShape
+from bitmend.pipeline.rates import Rates
+
+# Codes are packed when their site is kept, and again with their block.
+PACKED = 2
+# A file is brought to the disk after each site and each block; how long that takes is the disk's affair, this a usual time.
+SECONDS_A_FILE = 0.02
+# Copies, checksums and comparison of the finished files, bytes a second; SHA-256 is the slowest part of it.
+FINISH_RATE = 3e8
+# Products in float64 of the proof: the energy and the error, of the fit and, twice, of the held-out rows.
+PROOFS, PROOFS_HELD_OUT = 1, 2
+
+
+def seconds_of(facts: Facts, rates: Rates, *, finished_blocks: int = 0, before: float = 0.0) -> dict[str, float]:
+    """Return the seconds of each phase, and `total`.
+
+    Args:
+        facts: of the run.
+        rates: of this machine.
+        finished_blocks: of a run that goes on; they are run once more in both networks, not solved.
+        before: seconds that have passed already.
+    """
+    share = 1 - finished_blocks / max(1, facts.num_blocks)
+    load = sum(block.count * 3 * block.weight_bytes for block in facts.blocks) / rates.pass_over
+    passes = sum(block.count * _passes(facts, block) for block in facts.blocks)
+    whole = sum(block.count * _whole_passes(facts, block) for block in facts.blocks)
+    moments = sum(block.count * _moments(facts, block, rates) for block in facts.blocks)
+    solve = sum(block.count * _solve(facts, block, rates) for block in facts.blocks)
+    found = {
+        "open": before,
+        "load": load,
+        "forward": whole + share * (passes - whole),
+        "moments": share * moments,
+        "solve": share * solve,
+        "write": _write(facts, rates),
+    }
+    return found | {"total": sum(found.values())}
+
+
+# ---------------------------------------------------------------------------------------------- networks
+def _macs(block: BlockShape) -> int:
+    return sum(site.entries for group in block.groups for site in group)
+
+
+def _passes(facts: Facts, block: BlockShape) -> float:
+    """Seconds of all passes: two whole ones, and one up to each group; attention runs twice and is then kept."""
+    if block.forward is None:
+        return 0.0
+    done, partial = 0, 0.0
+    if facts.moments:
+        for group in block.groups:
+            partial += done / max(1, _macs(block))
+            done += sum(site.entries for site in group)
+    return sum(
+        (2 + partial) * _layers(block.forward, block, batch.tokens)
+        + 2 * _attention(block.forward, block, batch.tokens, batch.length)
+        for batch in facts.batches
+    )
+
+
+def _whole_passes(facts: Facts, block: BlockShape) -> float:
+    if block.forward is None:
+        return 0.0
+    return sum(
+        2 * _layers(block.forward, block, batch.tokens)
+        + 2 * _attention(block.forward, block, batch.tokens, batch.length)
+        for batch in facts.batches
+    )
+
+
+def _seconds_a_mac(forward: ForwardCost, block: BlockShape) -> float:
+    timed = forward.timed_tokens
+    return forward.seconds / max(1.0, timed * (_macs(block) + forward.attention_macs * timed))
+
+
+def _layers(forward: ForwardCost, block: BlockShape, tokens: int) -> float:
+    return tokens * _macs(block) * _seconds_a_mac(forward, block)
+
+
+def _attention(forward: ForwardCost, block: BlockShape, tokens: int, length: int) -> float:
+    return tokens * length * forward.attention_macs * _seconds_a_mac(forward, block)
+
+
+# ---------------------------------------------------------------------------------------------- moments and solver
+def _moments(facts: Facts, block: BlockShape, rates: Rates) -> float:
+    """2 T I^2 operations a moment in float32, and a float64 sum read and written for each batch."""
+    total = 0.0
+    for group in block.groups:
+        square = group[0].width ** 2
+        products = 2 * facts.tokens * square * facts.moments / rates.product
+        sums = len(facts.batches) * facts.moments * 20 * square / rates.pass_over
+        total += products + sums
+    return total
+
+
+def _solve(facts: Facts, block: BlockShape, rates: Rates) -> float:
+    solves = 2 if facts.refits and facts.moments and not facts.own_choice else 1
+    total = 0.0
+    for group in block.groups:
+        sites = [site for site in group if site.spec is not None]
+        if sites:
+            total += solves * _shared(facts, group[0].width, rates)
+            total += sum(solves * _site(facts, site, rates) + _proof(facts, site, rates) for site in sites)
+    return total
+
+
+def _shared(facts: Facts, width: int, rates: Rates) -> float:
+    factors = facts.cost.factors * 4 / 3 * width**3 / rates.factor
+    return factors + facts.cost.square_products * 2 * width**3 / rates.double_product
+
+
+def _site(facts: Facts, site: SiteShape, rates: Rates) -> float:
+    cost, work = facts.cost, 2 * site.entries * site.width
+    # A sweep costs out in^2 operations, half a product, and as much again for each residual term.
+    sweeps = cost.sweeps * site.width * rates.sweep_column + cost.copies * site.entries * rates.sweep_entry
+    swept = cost.copies * (1 + cost.residual_terms) * work / 2 / rates.product
+    products = cost.products * work / rates.product + cost.double_products * work / rates.double_product
+    return sweeps + swept + products + cost.searches * site.entries / rates.search
+
+
+def _proof(facts: Facts, site: SiteShape, rates: Rates) -> float:
+    """The scales on the weight, and the errors of candidate and base: an energy, and a product a moment."""
+    search = site.entries / rates.search
+    if not facts.batches or not facts.moments:
+        return search
+    errors = PROOFS + (PROOFS_HELD_OUT if facts.has_held_out else 0)
+    each = 1 + (3 if facts.moments > 1 else 1)
+    return search + errors * each * 2 * site.entries * site.width / rates.double_product
+
+
+def _write(facts: Facts, rates: Rates) -> float:
+    codes = sum(block.count * site.entries for block in facts.blocks for site in block.sites)
+    files = sum(block.count * (len(block.sites) + 1) for block in facts.blocks)
+    written = sum(block.count * block.written_bytes for block in facts.blocks) + facts.outside_bytes
+    return PACKED * codes / rates.pack + files * SECONDS_A_FILE + 3 * written / FINISH_RATE

@@ -1,0 +1,383 @@
+"""Before a run: gather the facts of a forecast, compare it with what the machine has, decide where activations go.
+
+A run whose activations do not fit into memory keeps them on disk, and says so. A run that does not fit either way is refused
+before anything is computed, with what would make it fit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmend.calibrate.forward_cost import TIMED_TOKENS, measure_forward
+from bitmend.errors import RequestError
+from bitmend.formats.writer import companions
+from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
+from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.uniform import UniformGrid
+from bitmend.pipeline import machine
+from bitmend.pipeline.ends import end_shapes
+from bitmend.pipeline.forecast import BatchShape, BlockShape, Facts, Forecast, SiteShape, forecast
+from bitmend.pipeline.forecast_time import seconds_of
+from bitmend.pipeline.per_site import BOTH_STREAMS, FULL_PRECISION_STREAM
+from bitmend.pipeline.quantize import trace_batch
+from bitmend.pipeline.rates import Rates, measure_rates
+from bitmend.pipeline.recipe import Recipe
+from bitmend.protocols import ModelAdapter, Need, TokenBatch
+
+# The timed pass: no more multiply-adds than this, so that it ends within a second.
+TIMED_MACS = 4e9
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine has left; None where it cannot be known, or does not matter.
+
+    Attributes:
+        memory: bytes that may still be allocated on the host.
+        device: bytes that may still be allocated on the device.
+        disk: free bytes where the output will lie.
+    """
+
+    memory: int | None
+    device: int | None
+    disk: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take, and where its activations will be.
+
+    Attributes:
+        facts: of the run, as it will be carried out.
+        forecast: of it.
+        limits: what was there.
+        spilled: activations go to disk because memory would not hold them, not because it was asked for.
+        in_memory_bytes: what a spilled run would take in memory.
+    """
+
+    facts: Facts
+    forecast: Forecast
+    limits: Limits
+    spilled: bool = False
+    in_memory_bytes: int = 0
+
+    def line(self) -> str:
+        """Return the forecast as one line, for the head of a run."""
+        made = self.forecast
+        parts = [f"memory {size(made.host_bytes)}{_of(self.limits.memory, 'available')}"]
+        if self.facts.on_device:
+            parts.append(f"device memory {size(made.device_bytes)}{_of(self.limits.device, 'free')}")
+        parts.append(f"disk {size(made.partial_bytes)}{_of(self.limits.disk, 'free')}")
+        parts.append(f"output {size(made.output_bytes)}")
+        return f"forecast: {', '.join(parts)}, about {duration(made.seconds['total'])}"
+
+    def spill_line(self) -> str:
+        """Return what is said when activations go to disk by themselves."""
+        return (
+            f"activations are kept on disk: in memory the run would take {size(self.in_memory_bytes)}, and "
+            f"{size(self.limits.memory or 0)} are available"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        made = self.forecast
+        return {
+            "host_bytes": made.host_bytes,
+            "host_bytes_ahead": made.host_bytes_ahead,
+            "device_bytes": made.device_bytes,
+            "partial_bytes": made.partial_bytes,
+            "output_bytes": made.output_bytes,
+            "seconds": made.seconds,
+            "activations": "disk" if self.facts.on_disk else "memory",
+            "spilled": self.spilled,
+            "available": asdict(self.limits),
+            "stages": [asdict(stage) for stage in made.stages],
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return what `run.json` keeps: the numbers without where they come from."""
+        return {key: value for key, value in self.to_json().items() if key not in ("stages", "available")}
+
+
+# ---------------------------------------------------------------------------------------------- facts
+@dataclass(frozen=True)
+class Baseline:
+    """The memory of this process before a model was opened; None where the system does not tell.
+
+    Attributes:
+        anonymous: its own memory.
+        largest: the largest resident size until then.
+    """
+
+    anonymous: int | None
+    largest: int
+
+    @classmethod
+    def take(cls) -> "Baseline":
+        """Return that of this moment."""
+        return cls(machine.anonymous_bytes(), machine.peak_memory_bytes())
+
+    def now(self) -> int:
+        """Return what is held above the baseline."""
+        now = machine.anonymous_bytes()
+        return 0 if now is None or self.anonymous is None else max(0, now - self.anonymous)
+
+    def most_since(self) -> int:
+        """Return the most that was held above it; only what is held now where the largest size is an older one's."""
+        largest, mapped = machine.peak_memory_bytes(), machine.mapped_bytes()
+        if self.anonymous is None or mapped is None or largest <= self.largest:
+            return self.now()
+        return max(self.now(), largest - mapped - self.anonymous)
+
+
+def gather_facts(
+    adapter: ModelAdapter,
+    recipe: Recipe,
+    batches: Sequence[BatchShape],
+    device: torch.device,
+    *,
+    baseline: "Baseline | None" = None,
+    on_disk: bool = False,
+) -> Facts:
+    """Look at one block of each kind, and at what lies outside the blocks.
+
+    Args:
+        adapter: opened.
+        recipe: what is to be done.
+        batches: calibration rows; empty for data-free solvers.
+        device: where blocks run.
+        baseline: memory of this process before the model was opened; None: nothing is taken off and nothing added.
+        on_disk: whether activations are to be kept on disk.
+
+    Cost: reads one block of each kind, and five passes over a few tokens.
+    """
+    solver = recipe.build_solver()
+    wanted = recipe.calibration
+    needs = solver.needs | BOTH_STREAMS if wanted.two_streams else solver.needs
+    opening = 0 if baseline is None else baseline.most_since()
+    machine.return_free_memory()  # what drawing the rows has left behind
+    outside = sum(tensor.nbytes for _, tensor in adapter.outside_tensors())
+    blocks = tuple(_block_kinds(adapter, recipe, bool(batches)))
+    held = 0 if baseline is None else max(0, baseline.now() - (outside if device.type == "cpu" else 0))
+    return Facts(
+        blocks=blocks,
+        batches=tuple(batches),
+        hidden=_hidden_width(adapter),
+        dtype_bytes=adapter.dtype.itemsize,
+        outside_bytes=outside,
+        ends=tuple((SiteShape(*shape, spec), loaded) for shape, spec, loaded in end_shapes(adapter, recipe)),
+        companion_bytes=sum(path.stat().st_size for path in companions(adapter.folder)),
+        cost=cost_of(solver),
+        moments=len(needs & BOTH_STREAMS) if batches else 0,
+        own_choice=Need.HELD_OUT in solver.needs,
+        refit=wanted.refit,
+        keep_inputs=wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM),
+        on_disk=on_disk,
+        on_device=device.type != "cpu",
+        held_bytes=held,
+        opening_bytes=opening,
+    )
+
+
+def cost_of(solver: Any) -> SolverCost:
+    """Return what a solver says of its cost; one sweep as by GPTQ of one that asks for moments and says nothing."""
+    say = getattr(solver, "cost", None)
+    if callable(say):
+        said: SolverCost = say()
+        return said
+    return ONE_SWEEP if solver.needs else SolverCost()
+
+
+def _block_kinds(adapter: ModelAdapter, recipe: Recipe, with_rows: bool) -> list[BlockShape]:
+    """Return the kinds of blocks; blocks whose tensors have the same shapes are of one kind."""
+    kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
+    for index, name in enumerate(adapter.block_names):
+        places = adapter.model.get_submodule(name).state_dict()
+        kinds.setdefault(tuple((key, tuple(place.shape)) for key, place in places.items()), []).append(index)
+    return [_block_shape(adapter, recipe, indices, with_rows) for indices in kinds.values()]
+
+
+def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], with_rows: bool) -> BlockShape:
+    index = indices[0]
+    adapter.load_block(index)
+    try:
+        block = adapter.describe_block(index, trace_batch())
+        groups = tuple(
+            tuple(SiteShape(*site.shape, recipe.scheme(site.name, adapter.dtype)) for site in group.sites)
+            for group in block.groups
+        )
+        tensors = adapter.block_tensors(index)
+        quantised = {f"{site.name}.weight" for site in block.sites if recipe.scheme(site.name, adapter.dtype)}
+        macs = sum(site.entries for group in groups for site in group)
+        context = getattr(adapter.model.config, "max_position_embeddings", None) or TIMED_TOKENS
+        timed = int(max(1, min(TIMED_TOKENS, context, TIMED_MACS // max(1, macs))))
+        return BlockShape(
+            count=len(indices),
+            groups=groups,
+            weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            site_bytes=sum(tensor.nbytes for name, tensor in tensors.items() if name in quantised),
+            forward=measure_forward(adapter, index, timed) if with_rows else None,
+        )
+    finally:
+        adapter.release_block(index)
+
+
+def _hidden_width(adapter: ModelAdapter) -> int:
+    return int(adapter.block_inputs(trace_batch()).hidden.shape[-1])
+
+
+def batch_shapes(batches: Sequence[tuple[TokenBatch, bool]]) -> list[BatchShape]:
+    """Return the shapes of batches that have been drawn."""
+    return [
+        BatchShape(tokens.ids.shape[0], tokens.ids.shape[1], held_out, tokens.mask is not None)
+        for tokens, held_out in batches
+    ]
+
+
+def asked_batches(sequences: int, length: int, held_out: float) -> list[BatchShape]:
+    """Return the shapes of rows that have not been drawn: as many full ones as the recipe asks for."""
+    kept = min(max(1, round(held_out * sequences)), sequences - 1) if held_out and sequences > 1 else 0
+    size_of_batch = max(1, TOKENS_PER_BATCH // length)
+    found = []
+    for count, is_held_out in ((sequences - kept, False), (kept, True)):
+        found += [
+            BatchShape(min(size_of_batch, count - start), length, is_held_out)
+            for start in range(0, count, size_of_batch)
+        ]
+    return found
+
+
+def rates_for(facts: Facts, device: torch.device) -> Rates:
+    """Return the rates of this machine for the widest site; measured once a process for each width and grid."""
+    sites = [(site.width, site.spec) for block in facts.blocks for site in block.sites if site.spec is not None]
+    width, spec = max(sites, key=lambda one: one[0], default=(64, QuantSpec(UniformGrid(4, symmetric=True))))
+    return _measured(width, spec, device, torch.get_num_threads())
+
+
+@lru_cache(maxsize=16)
+def _measured(width: int, spec: QuantSpec, device: torch.device, threads: int) -> Rates:
+    del threads  # another number of threads is another machine
+    return measure_rates(width, spec, device)
+
+
+# ---------------------------------------------------------------------------------------------- does it fit?
+def limits_at(output: Path, device: torch.device) -> Limits:
+    """Return what this machine has left."""
+    return Limits(machine.available_memory(), machine.available_device_memory(device), machine.free_disk(output))
+
+
+def settle(facts: Facts, limits: Limits, output: Path) -> Plan:
+    """Decide where activations go.
+
+    Raises:
+        RequestError: the run fits neither way; the sentence says what would make it fit.
+    """
+    made = forecast(facts)
+    if lacks(facts, made, limits) is None:
+        return Plan(facts, made, limits)
+    spilled = replace(facts, on_disk=True)
+    on_disk = forecast(spilled)
+    if lacks(facts, made, limits) == "memory" and facts.batches and lacks(spilled, on_disk, limits) is None:
+        return Plan(spilled, on_disk, limits, spilled=True, in_memory_bytes=made.host_bytes_ahead)
+    raise RequestError(_refusal(facts, made, limits, output))
+
+
+def lacks(facts: Facts, made: Forecast, limits: Limits) -> str | None:
+    """Return which of memory, device memory and disk a run would not find, or None when it fits."""
+    # What has been loaded already is no longer available, and no longer needed.
+    there = facts.held_bytes + (0 if facts.on_device else facts.outside_bytes)
+    if limits.memory is not None and made.host_bytes_ahead - there > limits.memory:
+        return "memory"
+    if limits.device is not None and made.device_bytes - facts.outside_bytes > limits.device:
+        return "device memory"
+    if limits.disk is not None and made.partial_bytes > limits.disk:
+        return "disk"
+    return None
+
+
+def _refusal(facts: Facts, made: Forecast, limits: Limits, output: Path) -> str:
+    missing = lacks(facts, made, limits)
+    needed, there = {
+        "memory": (made.host_bytes_ahead, limits.memory),
+        "device memory": (made.device_bytes, limits.device),
+        "disk": (made.partial_bytes, limits.disk),
+    }[missing or "memory"]
+    where = f" at {output.parent}" if missing == "disk" else ""
+    ways = list(_ways(facts, limits)) or [f"use a machine with more {missing}"]
+    found = f"the run would take {size(needed)} of {missing}{where}, but {size(there or 0)} are available"
+    return f"{found}; {', or '.join(ways)}"
+
+
+def _ways(facts: Facts, limits: Limits) -> list[str]:
+    """Return what would make the run fit, each tried in a forecast."""
+    ways = []
+    missing = lacks(facts, forecast(facts), limits)
+
+    def fits(changed: Facts) -> bool:
+        return lacks(changed, forecast(changed), limits) is None
+
+    if facts.on_disk and fits(replace(facts, on_disk=False)):
+        ways.append("leave out --activations-on-disk")
+    if not facts.on_disk and fits(replace(facts, on_disk=True)):
+        ways.append("pass --activations-on-disk")
+    for on_disk in (facts.on_disk, True) if not facts.on_disk else (True,):
+        sequences = _most_sequences(replace(facts, on_disk=on_disk), limits)
+        if sequences:
+            ways.append(
+                f"pass --sequences {sequences}{' --activations-on-disk' if on_disk and not facts.on_disk else ''}"
+            )
+            break
+    if facts.on_device and fits(replace(facts, on_device=False)):
+        ways.append("pass --device cpu")
+    if missing == "disk":
+        ways.append("free some space or choose an --output on another disk")
+    return ways
+
+
+def _most_sequences(facts: Facts, limits: Limits) -> int:
+    """Return the largest number of rows with which the run fits, by halving the interval; 0 when not even two would do."""
+    rows = sum(batch.rows for batch in facts.batches)
+    if rows < 3:
+        return 0
+    length = max(batch.length for batch in facts.batches)
+    share = sum(batch.rows for batch in facts.batches if batch.held_out) / rows
+
+    def fits(count: int) -> bool:
+        fewer = replace(facts, batches=tuple(asked_batches(count, length, share)))
+        return lacks(fewer, forecast(fewer), limits) is None
+
+    low, high = 2, rows  # at least one row to fit on and one to judge on
+    if not fits(low):
+        return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def timed(plan: Plan, rates: Rates, *, finished_blocks: int = 0, before: float = 0.0) -> Plan:
+    """Return the plan with the seconds of each phase."""
+    seconds = seconds_of(plan.facts, rates, finished_blocks=finished_blocks, before=before)
+    return replace(plan, forecast=plan.forecast.with_seconds(seconds))
+
+
+# ---------------------------------------------------------------------------------------------- in words
+def size(count: int | float) -> str:
+    """Return bytes in words: 3 digits, MB below a gigabyte."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def duration(seconds: int | float) -> str:
+    """Return a time in words: no more digits than a forecast has."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _of(there: int | None, word: str) -> str:
+    return "" if there is None else f" ({size(there)} {word})"
