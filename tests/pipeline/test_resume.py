@@ -663,3 +663,38 @@ def test_quantize_is_the_public_name():
     import bitmend
 
     assert bitmend.quantize is quantize
+
+
+def test_a_run_killed_while_it_removes_its_partial_folder_is_tidied_up(run_tiny, tmp_path, monkeypatch):
+    """At whichever removal: the journal goes last, so that what is left still says which run it belongs to."""
+    original, left = os.unlink, []
+    for k in range(1, 30):
+        seen = 0
+
+        def unlink(path, *, dir_fd=None):
+            nonlocal seen
+            seen += (tmp_path / "out").exists()
+            if seen == k:
+                raise Killed
+            return original(path, dir_fd=dir_fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", unlink)
+            try:
+                run_tiny(recipe="rtn", calibration=[])
+            except Killed:
+                left.append((tmp_path / "out.partial").exists())
+        if len(left) < k:
+            break
+        run_tiny(recipe="rtn", calibration=[], resume=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"], k
+        shutil.rmtree(tmp_path / "out")
+    assert len(left) > 3
+    assert all(left)
+
+
+def test_an_empty_partial_folder_beside_a_finished_output_is_removed(run_tiny, tmp_path):
+    run_tiny()
+    (tmp_path / "out.partial" / "journal").mkdir(parents=True)
+    run_tiny(resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

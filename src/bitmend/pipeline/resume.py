@@ -344,11 +344,11 @@ def finished_run(output: Path, fingerprint: Mapping[str, str]) -> RunReport | No
 def remove_leftovers(output: Path, fingerprint: Mapping[str, str]) -> None:
     """Remove the partial folder of a run that was killed when its output was finished; not one that is in use."""
     partial = partial_folder(output)
-    if not (partial / FOLDER / HEAD).is_file():
+    if not partial.is_dir():
         return
     with suppress(RequestError, OSError):  # of another request, damaged, or in use: not ours to remove
-        head = read_head(partial)
-        if head is not None and not differences(head["fingerprint"], fingerprint):
+        head = read_head(partial)  # None: the journal itself is gone, and no other file is left
+        if head is None or not differences(head["fingerprint"], fingerprint):
             lock = FolderLock(partial)
             shutil.rmtree(partial, ignore_errors=True)
             lock.release()
