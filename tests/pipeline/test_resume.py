@@ -671,7 +671,7 @@ def test_a_run_killed_while_it_removes_its_partial_folder_is_tidied_up(run_tiny,
     for k in range(1, 30):
         seen = 0
 
-        def unlink(path, *, dir_fd=None):
+        def unlink(path, *, dir_fd=None, k=k):
             nonlocal seen
             seen += (tmp_path / "out").exists()
             if seen == k:

@@ -168,7 +168,7 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); copy it again") from error
     found = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()) or not found:
