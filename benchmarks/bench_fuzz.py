@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bitmend.testing.fuzz.folders import make_folders
-from bitmend.testing.fuzz.verdicts import ALLOWED
+from bitmend.testing.fuzz.verdicts import ALLOWED, Verdict
 from bitmend.testing.fuzz.worker import Worker
 
 
@@ -40,7 +40,12 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0, help="what a case may take")
     parser.add_argument("--json", type=Path, help="write every verdict, one a line")
+    parser.add_argument("--tables", type=Path, nargs="*", help="run nothing; print the tables of such files")
     options = parser.parse_args()
+    if options.tables:
+        lines = [json.loads(line) for path in options.tables for line in path.read_text().splitlines()]
+        report([(Verdict(**verdict), seconds) for verdict, seconds in lines])
+        return
     seeds = options.only or list(range(options.seed, options.seed + options.cases))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bitmend
 from bitmend import assets
@@ -285,10 +285,23 @@ def tiny_model(folder):
     return folder, text
 
 
+def cut_to_blocks(source, folder, count):
+    """Save the first blocks of a model as a model, so that a run is short."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
 def request_of(options, place):
     keys = {"calibration.sequences": options.sequences, "calibration.sequence_length": options.length}
     keys |= {"weights.bits": options.bits, "weights.group_size": options.group_size, "weights.observer": "minmax"}
-    if options.model == "tiny":
+    if options.blocks:
+        model = cut_to_blocks(assets.path(options.model), place / "source", options.blocks)
+        text = assets.path("books-calibration")
+    elif options.model == "tiny":
         model, text = tiny_model(place / "tiny")
     else:
         model = Path(options.model) if Path(options.model).is_dir() else assets.path(options.model)
@@ -300,6 +313,7 @@ def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="books-7m", help="an asset, a folder, or `tiny`")
+    parser.add_argument("--blocks", type=int, default=0, help="only the first blocks of an asset; 0 for all")
     parser.add_argument("--text", help="calibration text; books-calibration unless given")
     parser.add_argument("--recipe", default="gptq")
     parser.add_argument("--bits", type=int, default=3)

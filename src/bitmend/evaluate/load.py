@@ -19,6 +19,7 @@ from torch import nn
 from bitmend.errors import CheckpointError, QuantizationError, RequestError
 from bitmend.models.bounds import no_more_than, stored
 from bitmend.models.loading import CONFIG_FILE, read_config, resolve_model
+from bitmend.models.shards import check_index
 from bitmend.models.tokenizer import load_tokenizer
 
 
@@ -59,6 +60,7 @@ def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtyp
     folder = resolve_model(source)
     config = read_config(folder)
     _check_quantization(folder)
+    check_index(folder)
     tokenizer = load_tokenizer(folder)
     try:
         with _without_progress_bars(), no_more_than(stored(folder)):

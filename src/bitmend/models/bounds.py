@@ -6,9 +6,10 @@ stored byte holds at most a few weights.
 """
 
 import json
+import stat
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,23 @@ FREE_TENSORS, TENSORS_PER_STORED = 1000, 4
 FREE_VALUES, VALUES_PER_BYTE = 2**26, 16
 
 _LONGEST_HEADER = 100_000_000
+
+
+def refuse_special_files(folder: Path) -> None:
+    """Refuse a model folder with a pipe, a socket or a device in it, or a link to one.
+
+    Whoever opens a pipe waits for ever; /dev/zero has no end; and transformers opens what it finds under a known name.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
+        with suppress(OSError, ValueError):  # a link to nowhere, or in a circle, can do no harm
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise CheckpointError(
+                    f"{path} is a pipe or a device and no file; do not trust this folder, or remove it"
+                )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from bitmend.errors import ModelError, QuantizationError
-from bitmend.models.bounds import Stored, check_counts, no_more_than
+from bitmend.models.bounds import Stored, check_counts, no_more_than, refuse_special_files
 
 CONFIG_FILE = "config.json"
 
@@ -57,11 +57,13 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
     Raises:
         ModelError: there is no config, it is broken, or transformers does not know its model type.
-        CheckpointError: it asks for numbers of layers, heads or labels that cannot be meant.
+        CheckpointError: it asks for numbers of layers, heads or labels that cannot be meant, or something in the folder is
+            no file.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ModelError(f"{folder} has no {CONFIG_FILE}; give the folder of a model as save_pretrained writes it")
+    refuse_special_files(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

@@ -153,6 +153,19 @@ def _stored(path: Path, name: str, piece: Any) -> StoredTensor:
     return StoredTensor(path, tuple(piece.get_shape()), DTYPES[code])
 
 
+def check_index(folder: Path) -> None:
+    """Check that an index, where there is one, names files of its own folder only.
+
+    For readers other than this one: transformers opens whatever the index names.
+
+    Raises:
+        CheckpointError: it does not, or it is no index.
+    """
+    if (folder / INDEX_FILE).is_file():
+        for shard in set(_weight_map(folder / INDEX_FILE).values()):
+            _shard_path(folder, shard)
+
+
 def _read_index(folder: Path) -> dict[str, StoredTensor]:
     weight_map = _weight_map(folder / INDEX_FILE)
     headers = {shard: _read_header(_shard_path(folder, shard)) for shard in dict.fromkeys(weight_map.values())}
