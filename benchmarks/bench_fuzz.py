@@ -39,26 +39,32 @@ def main():
     parser.add_argument("--only", type=int, nargs="*")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0, help="what a case may take")
-    parser.add_argument("--json", type=Path, help="write every verdict, one a line")
+    parser.add_argument("--json", type=Path, help="write every verdict, one a line; go on where such a file ends")
     parser.add_argument("--tables", type=Path, nargs="*", help="run nothing; print the tables of such files")
     options = parser.parse_args()
     if options.tables:
-        lines = [json.loads(line) for path in options.tables for line in path.read_text().splitlines()]
-        report([(Verdict(**verdict), seconds) for verdict, seconds in lines])
+        report([pair for path in options.tables for pair in known(path)])
         return
     seeds = options.only or list(range(options.seed, options.seed + options.cases))
     started = time.perf_counter()
+    before = known(options.json) if options.json and options.json.exists() else []
+    seeds = sorted(set(seeds) - {verdict.seed for verdict, _ in before})
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder).resolve()
         make_folders(place / "folders")
         shares = [seeds[start :: options.workers] for start in range(options.workers)]
         with ThreadPoolExecutor(options.workers) as pool:
             done = list(pool.map(lambda item: run_share(place, *item, options), enumerate(shares)))
-    verdicts = [pair for share in done for pair in share]
+    verdicts = [*before, *(pair for share in done for pair in share)]
     defects = [verdict for verdict, _ in verdicts if verdict.outcome not in ALLOWED]
     report(verdicts)
-    print(f"\n{len(verdicts)} cases in {time.perf_counter() - started:.0f} s by {options.workers} workers")
+    print(f"\n{len(seeds)} cases in {time.perf_counter() - started:.0f} s by {options.workers} workers")
     sys.exit(bool(defects))
+
+
+def known(path):
+    """Return (verdict, seconds) of a file of verdicts."""
+    return [(Verdict(**verdict), seconds) for verdict, seconds in map(json.loads, path.read_text().splitlines())]
 
 
 def run_share(place, number, seeds, options):

@@ -19,7 +19,8 @@ class QuantizationError(Exception):
     def __str__(self) -> str:
         """Return the message as one line that is safe to show: names in it may come from a stranger's file."""
         text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in super().__str__())
-        return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
+        half = LONGEST_MESSAGE // 2  # the end says what to do
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 class NumericsError(QuantizationError):

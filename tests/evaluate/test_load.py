@@ -106,3 +106,14 @@ def test_what_bounds_say_comes_through(copy):
     change_config(copy, hidden_size=10**9)
     with pytest.raises(CheckpointError, match=r"asks for a model of \d+ or more tensors with \d+ or more values, but"):
         load(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside/part.safetensors", "/etc/passwd", "..\\part.safetensors", "config.json"])
+def test_an_index_that_names_files_elsewhere_is_refused_before_transformers_opens_them(copy, name):
+    tensors = load_file(copy / "model.safetensors")
+    (copy.parent / "outside").mkdir()
+    (copy / "model.safetensors").rename(copy.parent / "outside" / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"need a path inside|need a \.safetensors file"):
+        load(copy)

@@ -113,10 +113,10 @@ def entry(dtype="U8", shape=(2,), offsets=(0, 2), **more):
     ("table", "data", "message"),
     [
         (b"{", b"", "no safetensors file, or is cut short"),
-        (b"[]", b"", "must be a JSON table; got list"),
+        (b"[]", b"", "does not begin with a brace"),
         (b"{x}", b"", "is not valid JSON"),
-        (b"\xff\xff", b"", "is not valid JSON"),
-        (b"[" * 100_000, b"", "is not valid JSON"),
+        (b"\xff\xff", b"", "is not UTF-8"),
+        (b'{"a":' * 100_000, b"", "is not valid JSON"),
         (b'{"a":1,"a":2}', b"", "a key occurs twice"),
         ({"__metadata__": {"a": 1}}, b"", "metadata that are not text"),
         ({"a": 1}, b"", "describes 'a' wrongly"),
@@ -126,7 +126,7 @@ def entry(dtype="U8", shape=(2,), offsets=(0, 2), **more):
         ({"a": entry(shape=(-2,))}, b"xx", "impossible shape"),
         ({"a": entry(shape=(True,))}, b"xx", "impossible shape"),
         ({"a": entry("I32")}, b"xx", "has 2 bytes, but I32 of shape .* takes 8"),
-        ({"a": entry(offsets=(-1, 1))}, b"xx", "has 2 bytes, but"),
+        ({"a": entry(offsets=(-1, 1))}, b"xx", "lies at impossible offsets"),
         ({"a": entry(offsets=(1, 3))}, b"xxx", "starts at byte .* instead of"),
         ({"a": entry(), "b": entry(offsets=(1, 3))}, b"xxx", "b in .* starts at byte"),
         ({"a": entry()}, b"x", "has .* bytes, its header announces .*; it is cut short or altered"),
@@ -192,8 +192,9 @@ def with_header(path, text, data=b""):
 def test_no_pipe_is_waited_for_and_no_device_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    for name in ("pipe", "zero", "missing"):
-        with pytest.raises(CheckpointError, match="is missing, or no regular file; copy or download it again"):
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "zero", "folder"):
+        with pytest.raises(CheckpointError, match="cannot be read: it is no regular file; copy or download it again"):
             read_header(tmp_path / name)
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from bitmend.errors import CheckpointError
 from bitmend.models import bounds as module
-from bitmend.models.bounds import check_counts, no_more_than, stored
+from bitmend.models.bounds import check_counts, no_more_than, refuse_special_files, stored
 
 
 @pytest.mark.parametrize(
@@ -63,15 +64,11 @@ def held(tmp_path):
 
 def test_too_many_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FREE_TENSORS", 10)
-    with torch.device("meta"), no_more_than(held(tmp_path)):
+    found = held(tmp_path)
+    with torch.device("meta"), no_more_than(found):
         nn.Sequential(*[nn.Linear(2, 2) for _ in range(7)])
-    with (
-        pytest.raises(
-            CheckpointError, match=r"asks for a model of 15 or more tensors .* hold 1 tensors in \d+ bytes; give"
-        ),
-        torch.device("meta"),
-        no_more_than(held(tmp_path)),
-    ):
+    sentence = r"asks for a model of 15 or more tensors .* hold 1 tensors in \d+ bytes; give"
+    with pytest.raises(CheckpointError, match=sentence), torch.device("meta"), no_more_than(found):
         nn.Sequential(*[nn.Linear(2, 2) for _ in range(8)])
 
 
@@ -103,3 +100,23 @@ def test_every_way_in_refuses_in_seconds(tiny, tmp_path, changes):
         with pytest.raises(CheckpointError, match=r"asks for|transformers cannot"):
             way(folder)
     assert time.perf_counter() - started < 60
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "x", "additional_chat_templates/a.jinja"])
+def test_pipes_and_devices_are_refused_by_every_way_in(tiny, tmp_path, name):
+    from bitmend.formats.integrity import read_config
+    from bitmend.models.loading import read_config as read_model_config
+    from bitmend.models.tokenizer import load_tokenizer
+
+    folder = tiny.save(tmp_path / "model", tiny.build())
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path.unlink(missing_ok=True)
+        make(path)
+        for way in (read_config, read_model_config, load_tokenizer):
+            with pytest.raises(CheckpointError, match=rf"{name} is a pipe or a device and no file; do not trust"):
+                way(folder)
+    path.unlink()
+    path.symlink_to(path)
+    refuse_special_files(folder)

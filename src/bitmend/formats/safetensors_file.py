@@ -84,8 +84,8 @@ def read_header(path: Path) -> Header:
             names that occur twice.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for, a device be read for ever
-            raise CheckpointError(f"{path} is missing, or no regular file; copy or download it again")
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device be read for ever
+            raise CheckpointError(f"{path} cannot be read: it is no regular file; copy or download it again")
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)

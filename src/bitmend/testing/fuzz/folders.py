@@ -85,7 +85,7 @@ def _sharded(source: Path, output: Path) -> None:
     tensors = load_file(output / SINGLE_FILE)
     (output / SINGLE_FILE).unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(3):
         file = f"model-{number + 1:05d}-of-00003.safetensors"
         part = names[number * len(names) // 3 : (number + 1) * len(names) // 3]

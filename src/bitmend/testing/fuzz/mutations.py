@@ -597,7 +597,7 @@ def scheme_weights(folder: Path, chance: random.Random) -> bool:
         if not found:
             return None
         for path in chance.sample(found, min(len(found), chance.choice([1, 1, 2]))):
-            table = described
+            table: Any = described
             for key in path[:-1]:
                 table = table[key]
             table[path[-1]] = chance.choice(keys[path[-1]])
