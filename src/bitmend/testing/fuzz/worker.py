@@ -22,6 +22,7 @@ from bitmend.testing.fuzz.verdicts import Verdict
 
 MEMORY_BYTES = 2 << 30
 SECONDS = 30.0
+STARTING_SECONDS = 300.0
 READY = "ready"
 
 
@@ -77,7 +78,7 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
                 env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             )  # fmt: skip
-            if self._answer(self._process, 300) != READY:
+            if self._answer(self._process, STARTING_SECONDS) != READY:
                 self._stop()
                 raise RuntimeError(f"the worker did not start: {self._last_words()}")
         return self._process
