@@ -8,11 +8,19 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+LONGEST_MESSAGE = 2000
+
 
 class QuantizationError(Exception):
     """Anything bitmend raises on purpose; the run failed."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """Return the message as one line that is safe to show: names in it may come from a stranger's file."""
+        text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in super().__str__())
+        half = LONGEST_MESSAGE // 2  # the end says what to do
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 class NumericsError(QuantizationError):

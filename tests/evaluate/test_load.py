@@ -87,3 +87,33 @@ def test_windows_must_fit_the_context(copy, lab):
     check_context(model, lab.context)
     with pytest.raises(RequestError, match="context of 16 tokens, but they have 17; pass --window-length 16 or less"):
         check_context(model, lab.context + 1)
+
+
+@pytest.mark.parametrize("described", [3, "x", [1], {"quant_method": []}, {"quant_method": 3}])
+def test_a_quantization_config_that_is_no_description_is_refused(copy, described):
+    change_config(copy, quantization_config=described)
+    with pytest.raises((CheckpointError, ModelError), match=r"quantization_config must be a table|cannot read"):
+        load(copy)
+
+
+def test_a_text_config_that_is_no_table(copy):
+    change_config(copy, text_config=[3])
+    with pytest.raises((CheckpointError, ModelError)):
+        load(copy)
+
+
+def test_what_bounds_say_comes_through(copy):
+    change_config(copy, hidden_size=10**9)
+    with pytest.raises(CheckpointError, match=r"asks for a model of \d+ or more tensors with \d+ or more values, but"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside/part.safetensors", "/etc/passwd", "..\\part.safetensors", "config.json"])
+def test_an_index_that_names_files_elsewhere_is_refused_before_transformers_opens_them(copy, name):
+    tensors = load_file(copy / "model.safetensors")
+    (copy.parent / "outside").mkdir()
+    (copy / "model.safetensors").rename(copy.parent / "outside" / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"need a path inside|need a \.safetensors file"):
+        load(copy)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bitmend.errors import CheckpointError
 from bitmend.formats.ledger import CATEGORIES, QUANTISED, ledger
@@ -195,3 +196,21 @@ def test_broken_descriptions_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
         with pytest.raises(CheckpointError, match=message):
             ledger(tmp_path)
+
+
+def test_names_with_digits_that_are_no_numbers(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    names = ["model.²", "model." + "9" * 5000, "model.10", "model.9"]
+    save_file({f"{name}.weight": torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
+    found = [row.name for row in ledger(tmp_path).rows]
+    assert set(found) == set(names)
+    assert found.index("model.9") < found.index("model.10")
+
+
+def test_a_stored_shape_of_another_type_is_refused(tmp_path):
+    config = {"quant_method": "compressed-tensors", "config_groups": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    tensors = {"m.weight_packed": torch.zeros(2, 1, dtype=torch.int32), "m.weight_shape": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"m\.weight_shape must be int64 of shape \(2\); got float32"):
+        ledger(tmp_path)

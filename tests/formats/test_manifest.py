@@ -98,3 +98,17 @@ def test_an_altered_manifest_is_refused(path, value, message):
     table[path[-1]] = value
     with pytest.raises(CheckpointError, match=message):
         Manifest.from_json(config)
+
+
+def test_a_scheme_of_the_same_shapes_is_told_by_the_seal():
+    """Groups of 16 and ragged groups of 20 of a width of 32 have tensors of the same shapes, and other weights."""
+    spec = QuantSpec(UniformGrid(4, True), PerGroup(16), "mse", torch.bfloat16)
+    config = Manifest({"m": ManifestEntry(spec, (8, 32))}).to_json()
+    assert Manifest.from_json(json.loads(json.dumps(config))).modules["m"].spec == spec
+    config["schemes"][0] |= {"group_size": 20, "ragged": True}
+    with pytest.raises(
+        CheckpointError, match=r"are not those that were written \(their seal differs\); copy config\.json"
+    ):
+        Manifest.from_json(config)
+    del config["seal"]  # as older versions wrote it
+    assert Manifest.from_json(config).modules["m"].spec.granularity == PerGroup(20, ragged=True)

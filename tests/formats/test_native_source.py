@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,3 +93,22 @@ def test_experts_of_one_layer_must_share_a_scheme():
     del schemes["a.experts.2.w2"]
     (event,) = fusion_events(schemes, ["a.experts.2.w2"])
     assert event.where == "a.experts"
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(quantised):
+    made = quantised()
+    change_config(made.output, num_hidden_layers=10**5)
+    with pytest.raises(CheckpointError, match=r"asks for a model of \d+ or more tensors"):
+        open_native(made.output, "X")
+
+
+def test_a_config_that_no_model_can_be_built_from(quantised):
+    made = quantised()
+    change_config(made.output, hidden_act="no-such-function")
+    with pytest.raises(CheckpointError, match=r"transformers cannot build the model that .*config\.json describes"):
+        open_native(made.output, "X")

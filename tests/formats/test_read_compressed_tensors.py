@@ -109,6 +109,21 @@ def test_impossible_configs(described, sentence):
         layers_of(good(), described)
 
 
+@pytest.mark.parametrize("pattern", ["re:((a|b|.)*)*!$", "re:(x+x+)+y", "re:(.*)*x", "re:(a){9}", "re:.*a.*b.*c.*d.*"])
+def test_patterns_that_could_take_for_ever(pattern):
+    with pytest.raises(
+        CheckpointError, match="could take for ever to match 'm': at most 4 repeats, none of them of a group"
+    ):
+        layers_of(good(), config([pattern]))
+
+
+def test_patterns_meet_no_name_of_any_length():
+    with pytest.raises(CheckpointError, match="names of at most 200 letters are read; write the names out"):
+        scheme_of("m" * 201, config([r"re:.*down"]))
+    for pattern in (r"re:.*self_attn\.(q|k|v)_proj$", r"re:model\.layers\.\d+\..*", "re:m"):
+        scheme_of("m", config([pattern, "m"]))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [

@@ -92,3 +92,20 @@ def test_json_is_written_in_one_step(tmp_path):
     write_json(tmp_path / "a.json", {"b": 2})
     assert (tmp_path / "a.json").read_text() == '{\n  "b": 2\n}\n'
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "outside").write_text("precious")
+    (tmp_path / "head.json.tmp").symlink_to(tmp_path / "outside")
+    (tmp_path / "r.tmp").symlink_to(tmp_path / "outside")
+    write_json(tmp_path / "head.json", {"a": 1})
+    write_record(tmp_path / "r", {}, {"a": 1})
+    assert (tmp_path / "outside").read_text() == "precious"
+    assert not (tmp_path / "head.json").is_symlink()
+
+
+def test_what_only_the_package_refuses_is_one_of_our_errors(tmp_path):
+    text = b'{"__metadata__":{"record":"{}","sha256":"0"},"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "r").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        read_record(tmp_path / "r")

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import struct
 
 import pytest
@@ -112,10 +113,10 @@ def entry(dtype="U8", shape=(2,), offsets=(0, 2), **more):
     ("table", "data", "message"),
     [
         (b"{", b"", "no safetensors file, or is cut short"),
-        (b"[]", b"", "must be a JSON table; got list"),
+        (b"[]", b"", "does not begin with a brace"),
         (b"{x}", b"", "is not valid JSON"),
-        (b"\xff\xff", b"", "is not valid JSON"),
-        (b"[" * 100_000, b"", "is not valid JSON"),
+        (b"\xff\xff", b"", "is not UTF-8"),
+        (b'{"a":' * 100_000, b"", "is not valid JSON"),
         (b'{"a":1,"a":2}', b"", "a key occurs twice"),
         ({"__metadata__": {"a": 1}}, b"", "metadata that are not text"),
         ({"a": 1}, b"", "describes 'a' wrongly"),
@@ -125,7 +126,7 @@ def entry(dtype="U8", shape=(2,), offsets=(0, 2), **more):
         ({"a": entry(shape=(-2,))}, b"xx", "impossible shape"),
         ({"a": entry(shape=(True,))}, b"xx", "impossible shape"),
         ({"a": entry("I32")}, b"xx", "has 2 bytes, but I32 of shape .* takes 8"),
-        ({"a": entry(offsets=(-1, 1))}, b"xx", "has 2 bytes, but"),
+        ({"a": entry(offsets=(-1, 1))}, b"xx", "lies at impossible offsets"),
         ({"a": entry(offsets=(1, 3))}, b"xxx", "starts at byte .* instead of"),
         ({"a": entry(), "b": entry(offsets=(1, 3))}, b"xxx", "b in .* starts at byte"),
         ({"a": entry()}, b"x", "has .* bytes, its header announces .*; it is cut short or altered"),
@@ -180,3 +181,46 @@ def test_modules_are_found_by_the_names_of_their_tensors():
     records = dict.fromkeys(("b.qweight", "a.c.qzeros", "b.qzeros", "a.weight", "qweightless", "a.c.qweight"), record)
     assert modules_with(records, ("qweight", "qzeros")) == ["b", "a.c"]
     assert modules_with(records, ("scales",)) == []
+
+
+# ---------------------------------------------------------------------------------------------- what the fuzzer found
+def with_header(path, text, data=b""):
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_no_pipe_is_waited_for_and_no_device_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "zero", "folder"):
+        with pytest.raises(CheckpointError, match="cannot be read: it is no regular file; copy or download it again"):
+            read_header(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}'.encode("utf-16"), b"\xff{}", b"\xef\xbb\xbf{}"])
+def test_a_header_is_utf_8_from_its_first_brace(tmp_path, text):
+    with pytest.raises(CheckpointError, match=r"is not UTF-8; copy|does not begin with a brace; copy"):
+        read_header(with_header(tmp_path / "f", text))
+
+
+@pytest.mark.parametrize("shape", [[10**18] * 300, [2] * 5000, [0, 10**30], [2**63]])
+def test_sides_whose_product_nobody_can_compute_or_show(tmp_path, shape):
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(CheckpointError, match=r"a in .* has an impossible shape"):
+        read_header(with_header(tmp_path / "f", text))
+
+
+@pytest.mark.parametrize("offsets", [[0, 10**4000], [4, 0], [-4, 0], [2**63, 2**63 + 4]])
+def test_offsets_that_cannot_be(tmp_path, offsets):
+    text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    with pytest.raises(CheckpointError, match=r"a in .* lies at impossible offsets"):
+        read_header(with_header(tmp_path / "f", text, bytes(4)))
+
+
+def test_what_only_the_package_refuses_is_one_of_our_errors(tmp_path):
+    """Half of a surrogate pair is JSON to Python, and none to the package."""
+    entry = b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    stored = StoredTensors([with_header(tmp_path / "f", entry, bytes(4))])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        stored["\ud800"]

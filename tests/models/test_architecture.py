@@ -58,3 +58,11 @@ def test_what_an_architecture_is_made_of_is_said_without_its_weights():
         modules_found(transformers.LlamaConfig(architectures=["NoSuchModel"]))
         == "its modules are unknown to transformers"
     )
+
+
+@pytest.mark.parametrize("named", [3, "LlamaForCausalLM", [3], {"a": 1}])
+def test_classes_that_are_named_wrongly_are_not_named(named):
+    config = transformers.LlamaConfig()
+    config.architectures = named
+    assert architecture_name(config) == "llama"
+    assert why_not_causal(config) is None

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from bitmend.errors import ModelError
+from bitmend.models.bounds import Stored
 from bitmend.models.loading import empty_model, read_config, resolve_model
 
 
@@ -139,3 +140,23 @@ def test_skeleton_leaves_torch_and_config_as_they_were(families):
 def test_config_that_transformers_cannot_build():
     with pytest.raises(ModelError, match=r"transformers cannot build the model from its config .*; check config\.json"):
         empty_model(transformers.ViTConfig())
+
+
+def test_a_deeply_nested_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ModelError, match="is not readable JSON"):
+        read_config(tmp_path)
+
+
+def test_code_that_cannot_be_built_on_meta_is_left_to_the_real_building(monkeypatch, tmp_path):
+    calls = []
+
+    def build(config, **options):
+        calls.append(options)
+        if len(calls) == 1:
+            raise NotImplementedError("no meta")
+        return torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", build)
+    assert empty_model({}, held=Stored(tmp_path, 1, 100)).weight.shape == (2, 2)
+    assert len(calls) == 2

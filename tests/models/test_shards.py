@@ -130,3 +130,9 @@ def test_pickled_nested_dictionary_is_refused(tmp_path):
     torch.save({"model": TENSORS}, tmp_path / PICKLED_FILE)
     with pytest.raises(CheckpointError, match="is not a flat dictionary of tensors"):
         ShardedWeights(tmp_path)
+
+
+def test_a_deeply_nested_index_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"a":' * 100_000)
+    with pytest.raises(CheckpointError, match="is not readable JSON"):
+        ShardedWeights(tmp_path)

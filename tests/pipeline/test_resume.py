@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -603,6 +604,71 @@ def test_a_site_of_another_block_is_refused(run_tiny, stopped, tmp_path):
         run_tiny(resume=True)
 
 
+@pytest.mark.parametrize("value", [3, [], None, {}])
+def test_a_fingerprint_that_is_no_text_is_refused(run_tiny, stopped, tmp_path, value):
+    stopped(9)
+    path = tmp_path / "out.partial" / "journal" / "journal.json"
+    head = json.loads(path.read_text())
+    head["fingerprint"]["versions"] = value
+    path.write_text(json.dumps(head))
+    with pytest.raises(ResumeError, match="must hold a fingerprint and replaces_output"):
+        run_tiny(resume=True)
+
+
+@pytest.mark.parametrize("key", ["blocks", "events", "model", "fingerprint"])
+def test_a_finished_report_of_other_values_is_refused(run_tiny, tmp_path, key):
+    run_tiny()
+    path = tmp_path / "out" / "run.json"
+    values = json.loads(path.read_text())
+    values[key] = dict.fromkeys(values[key], 3) if key == "fingerprint" else [3]
+    if key == "model":
+        values["unknown"] = 3
+    path.write_text(json.dumps(values))
+    with pytest.raises((CheckpointError, ResumeError), match=r"does not hold what a run writes|was made with another"):
+        run_tiny(resume=True)
+
+
+@pytest.mark.parametrize("key", ["report", "seconds", "events", "spec", "shape", "kind", "sites"])
+@pytest.mark.parametrize("file", ["journal/0001-0000.safetensors", "parts/0000.safetensors"])
+def test_forged_records_are_refused_or_not_believed(run_tiny, stopped, tmp_path, file, key):
+    """Values that no run writes, under a checksum that is right."""
+    run_tiny("whole")
+    stopped(9)
+    path = tmp_path / "out.partial" / file
+    tensors, values = read_record(path)
+    write_record(path, tensors, {**values, key: [3]})
+    try:
+        run_tiny(resume=True)
+    except (CheckpointError, ResumeError) as error:
+        assert re.search(r"does not hold what a run writes there|which is no site of", str(error))  # noqa: PT017
+    else:
+        assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["journal", "parts"])
+def test_nothing_is_touched_through_a_link(run_tiny, stopped, tmp_path, name):
+    stopped(9)
+    inside = tmp_path / "out.partial" / name
+    inside.rename(tmp_path / "elsewhere")
+    inside.symlink_to(tmp_path / "elsewhere")
+    before = snapshot(tmp_path / "elsewhere")
+    with pytest.raises(
+        ResumeError, match=rf"{name} is a link, and a run makes none; do not trust this folder, and pass"
+    ):
+        run_tiny(resume=True)
+    assert snapshot(tmp_path / "elsewhere") == before
+
+
+def test_a_folder_in_the_place_of_a_site_is_removed(run_tiny, stopped, tmp_path):
+    run_tiny("whole")
+    stopped(9)
+    path = tmp_path / "out.partial" / "journal" / "0001-0001.safetensors"
+    path.unlink()
+    path.mkdir()
+    run_tiny(resume=True)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
 # ------------------------------------------------------------------------------------------------ folders
 def test_a_partial_folder_that_is_a_file(run_tiny, tmp_path):
     (tmp_path / "out.partial").write_text("")
@@ -677,3 +743,38 @@ def test_quantize_is_the_public_name():
     import bitmend
 
     assert bitmend.quantize is quantize
+
+
+def test_a_run_killed_while_it_removes_its_partial_folder_is_tidied_up(run_tiny, tmp_path, monkeypatch):
+    """At whichever removal: the journal goes last, so that what is left still says which run it belongs to."""
+    original, left = os.unlink, []
+    for k in range(1, 30):
+        seen = 0
+
+        def unlink(path, *, dir_fd=None, k=k):
+            nonlocal seen
+            seen += (tmp_path / "out").exists()
+            if seen == k:
+                raise Killed
+            return original(path, dir_fd=dir_fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", unlink)
+            try:
+                run_tiny(recipe="rtn", calibration=[])
+            except Killed:
+                left.append((tmp_path / "out.partial").exists())
+        if len(left) < k:
+            break
+        run_tiny(recipe="rtn", calibration=[], resume=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"], k
+        shutil.rmtree(tmp_path / "out")
+    assert len(left) > 3
+    assert all(left)
+
+
+def test_an_empty_partial_folder_beside_a_finished_output_is_removed(run_tiny, tmp_path):
+    run_tiny()
+    (tmp_path / "out.partial" / "journal").mkdir(parents=True)
+    run_tiny(resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

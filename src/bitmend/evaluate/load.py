@@ -16,8 +16,10 @@ import torch
 import transformers
 from torch import nn
 
-from bitmend.errors import CheckpointError, RequestError
+from bitmend.errors import CheckpointError, QuantizationError, RequestError
+from bitmend.models.bounds import no_more_than, stored
 from bitmend.models.loading import CONFIG_FILE, read_config, resolve_model
+from bitmend.models.shards import check_index
 from bitmend.models.tokenizer import load_tokenizer
 
 
@@ -58,12 +60,15 @@ def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtyp
     folder = resolve_model(source)
     config = read_config(folder)
     _check_quantization(folder)
+    check_index(folder)
     tokenizer = load_tokenizer(folder)
     try:
-        with _without_progress_bars():
+        with _without_progress_bars(), no_more_than(stored(folder)):
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, output_loading_info=True
             )
+    except QuantizationError:
+        raise
     except Exception as error:  # readers of shards, quantisers and missing packages: all sorts of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
@@ -91,10 +96,17 @@ def check_context(model: LoadedModel, window_length: int) -> None:
 
 def _check_quantization(folder: Path) -> None:
     content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    nested = content.get("text_config") or {}
-    description = content.get("quantization_config") or nested.get("quantization_config")
+    nested = content.get("text_config")
+    description = content.get("quantization_config") or (
+        nested.get("quantization_config") if isinstance(nested, dict) else None
+    )
     if not description:
         return
+    if not isinstance(description, dict) or not isinstance(description.get("quant_method"), str | None):
+        raise CheckpointError(
+            f"{folder}: quantization_config must be a table with a quant_method in words, but {CONFIG_FILE} says "
+            f"{description!r:.80}; copy {CONFIG_FILE} again"
+        )
     known = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     method = description.get("quant_method")
     bits_and_bytes = description.get("load_in_4bit") or description.get("load_in_8bit")

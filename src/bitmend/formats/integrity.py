@@ -17,6 +17,7 @@ from bitmend.formats.manifest import QUANT_METHOD, Manifest
 from bitmend.formats.native import site_shapes
 from bitmend.formats.safetensors_file import TensorRecord, parse_json, read_header, sha256_of
 from bitmend.formats.writer import INDEX_FILE, SINGLE_FILE
+from bitmend.models.bounds import refuse_special_files
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
 
 
@@ -24,7 +25,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a model folder.
 
     Raises:
-        CheckpointError: no such folder, or no (valid) config.json in it.
+        CheckpointError: no such folder, no (valid) config.json in it, or something that is no file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -32,6 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no finished model folder: it has no config.json")
+    refuse_special_files(folder)
     return parse_json(path.read_bytes(), str(path))
 
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitmend.errors import CheckpointError
 from bitmend.formats import read_gptq
 from bitmend.formats.manifest import QUANT_METHOD, Manifest
 from bitmend.formats.read_awq import awq_layers
 from bitmend.formats.read_compressed_tensors import GROUPS, SHAPE, bits_of
-from bitmend.formats.safetensors_file import Header, TensorRecord, copy_chunks, parse_json, read_header
+from bitmend.formats.safetensors_file import Header, TensorRecord, copy_chunks, expect_record, parse_json, read_header
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
 
 # Of quantised modules, then of the rest, then of the file. `masks`, `indices` and `side` belong to layouts with more
@@ -222,7 +224,11 @@ def _format_name(config: Mapping[str, Any]) -> str:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if _is_number(part) else (-1, part) for part in name.split(".")]
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 10
 
 
 def _category(name: str, record: TensorRecord) -> str:
@@ -262,6 +268,7 @@ def _compressed_tensors_modules(
         for name, record in header.tensors.items():
             module, _, leaf = name.rpartition(".")
             if leaf == SHAPE and f"{module}.{WORDS}" in header.tensors:
+                expect_record(header.tensors, name, (torch.int64,), (2,))
                 data = b"".join(copy_chunks(folder / file, record.start, record.stop))
                 modules[module] = _Codes(bits_of(module, config), struct.unpack("<2q", data))
     return modules

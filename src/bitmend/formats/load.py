@@ -11,6 +11,7 @@ from bitmend.errors import CheckpointError, QuantizationError
 from bitmend.formats.hf_quantizer import VERIFY
 from bitmend.formats.integrity import check_files, read_config, read_records, weight_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest
+from bitmend.models.bounds import check_counts, no_more_than, stored
 
 
 def load(path: str | Path, *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:
@@ -34,12 +35,14 @@ def load(path: str | Path, *, verify: bool = True, **kwargs: Any) -> PreTrainedM
     else:
         records = read_records(files)
     _check_depth(config, len(records))
+    check_counts(config, folder / "config.json")
     try:
         parsed = transformers.AutoConfig.from_pretrained(folder)
         if getattr(parsed, "quantization_config", None) and quantization.get("quant_method") == QUANT_METHOD:
             parsed.quantization_config[VERIFY] = False  # done above, once
         model_class = _model_class(config)
-        model, info = model_class.from_pretrained(folder, config=parsed, output_loading_info=True, **kwargs)
+        with no_more_than(stored(folder)):
+            model, info = model_class.from_pretrained(folder, config=parsed, output_loading_info=True, **kwargs)
     except QuantizationError:
         raise
     except Exception as error:  # whatever transformers makes of a config that does not fit

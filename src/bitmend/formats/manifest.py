@@ -7,14 +7,19 @@
  "modules": {"model.layers.0.mlp.up_proj": {"scheme": 0, "shape": [128, 64], "kind": "linear"}},
  "tied": {"lm_head": "model.embed_tokens"},
  "provenance": {"solver": "gptq"},
- "files": {"model.safetensors": "<sha256>"}}
+ "files": {"model.safetensors": "<sha256>"}, "seal": "<sha256>"}
 ```
 
 Every quantised module is listed; equal schemes are stored once. A scheme's `layout` names which tensors lie in the file
 and how they are read (`formats/native.py`); a later way of storing (masks, codebooks, matrices beside a block) is a new
 layout name, which readers that do not know it refuse. `files` is dropped when transformers saves the model again.
+`seal` is over `schemes`, `modules` and `tied`: two schemes may give tensors of the same shapes (groups of 16 and ragged
+groups of 20 of a width of 32), so that the files alone cannot tell a scheme that was changed. Folders of older versions
+have none.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,7 +84,7 @@ class Manifest:
         config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         config |= {"schemes": schemes, "modules": modules, "tied": dict(self.tied)}
         config |= {"provenance": dict(self.provenance), "files": dict(self.files)}
-        return config
+        return config | {"seal": _seal(config)}
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Manifest":
@@ -87,7 +92,7 @@ class Manifest:
 
         Raises:
             CheckpointError: a key that is missing or has the wrong type, a layout or version that this release does not
-                know, or a scheme that is impossible.
+                know, a scheme that is impossible, or a seal that differs.
         """
         version = _get(config, "format_version", int)
         if version != FORMAT_VERSION:
@@ -104,6 +109,11 @@ class Manifest:
         files = _get(config, "files", dict)
         if not all(isinstance(digest, str) for digest in files.values()):
             raise CheckpointError("quantization_config.files must map file names to sha256 digests")
+        if "seal" in config and config["seal"] != _seal(config):
+            raise CheckpointError(
+                "schemes, modules or tied of quantization_config are not those that were written (their seal differs); copy "
+                "config.json again"
+            )
         return cls(modules, tied, _get(config, "provenance", dict), files)
 
     def with_files(self, files: Mapping[str, str]) -> "Manifest":
@@ -172,6 +182,11 @@ def spec_from_json(scheme: Mapping[str, Any]) -> QuantSpec:
     except RecipeError as error:
         raise CheckpointError(f"a scheme of quantization_config is impossible: {error}") from error
     return QuantSpec(grid, granularity, observer, SCALE_DTYPES[scale_dtype])
+
+
+def _seal(config: Mapping[str, Any]) -> str:
+    sealed = [config["schemes"], config["modules"], config["tied"]]
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def _scheme_from_json(item: Any) -> tuple[str, QuantSpec]:

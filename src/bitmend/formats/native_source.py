@@ -9,11 +9,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bitmend.errors import RequestError
+from bitmend.errors import CheckpointError, QuantizationError, RequestError
 from bitmend.formats.integrity import check_files, read_config, weight_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.native import read_packed
 from bitmend.formats.safetensors_file import StoredTensors
+from bitmend.models import loading as models
+from bitmend.models.architecture import why_not_causal
+from bitmend.models.bounds import no_more_than, stored
 from bitmend.models.experts import experts_of, router_paths, stored_names, unpack_experts_
 from bitmend.models.tensor_source import checkpoint_names
 from bitmend.protocols import Event
@@ -153,14 +156,22 @@ def fusion_events(schemes: Mapping[str, object], unquantised: Iterable[str]) -> 
 
 
 def _empty_model(folder: Path, target: str) -> transformers.PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = models.read_config(folder)
+    reason = why_not_causal(config)
+    if reason is not None:
+        raise RequestError(
+            f"only causal language models are exported to {target}; {folder} is {type(config).__name__}: {reason}"
+        )
     del config.quantization_config
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_more_than(stored(folder)):
             model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise RequestError(
-            f"only causal language models are exported to {target}; {folder} is {type(config).__name__}"
+    except QuantizationError:
+        raise
+    except Exception as error:  # model classes raise whatever they like
+        reason = str(error).strip() or type(error).__name__
+        raise CheckpointError(
+            f"transformers cannot build the model that {folder / 'config.json'} describes ({reason}); copy it again"
         ) from error
     unpack_experts_(model)
     return model

@@ -30,6 +30,12 @@ from bitmend.packing.bits import num_words, unpack_codes
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
 
 FORMAT = "pack-quantized"
+# Patterns come from a stranger, and Python's take exponential time with repeats in repeats. One repeat after the other takes
+# at most the length of the name to the power of their number.
+_QUANTIFIED_GROUP = re.compile(r"\)[*+{]")
+_OPEN_ENDED = re.compile(r"[*+{]")
+_MOST_OPEN_ENDED, _LONGEST = 4, 200
+
 SHAPE, GROUPS = "weight_shape", "weight_g_idx"
 
 
@@ -141,6 +147,16 @@ def _rank(target: str, module: str) -> int:
     if target == module:
         return 3
     if target.startswith("re:"):
+        if (
+            _QUANTIFIED_GROUP.search(target)
+            or len(_OPEN_ENDED.findall(target)) > _MOST_OPEN_ENDED
+            or len(module) > _LONGEST
+        ):
+            raise CheckpointError(
+                f"the target {target!r:.80} of config_groups could take for ever to match {module!r:.80}: at most "
+                f"{_MOST_OPEN_ENDED} repeats, none of them of a group, and names of at most {_LONGEST} letters are read; "
+                "write the names out"
+            )
         try:
             return 2 if re.match(target[3:], module) else 0
         except re.error as error:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitmend.errors import CheckpointError
-from bitmend.formats.safetensors_file import parse_json, read_header, sync, write_tensors
+from bitmend.formats.safetensors_file import parse_json, read_header, sync, unreadable, write_tensors
 
 TEMPORARY = ".tmp"
 
@@ -53,9 +53,12 @@ def read_record(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     text, digest = header.metadata.get("record"), header.metadata.get("sha256")
     if text is None or digest is None:
         raise CheckpointError(f"{path} is a safetensors file, but no record that bitmend wrote")
-    with safe_open(path, framework="pt") as file:
-        # Copies: the file may be replaced while its tensors are in use.
-        tensors = {name: file.get_tensor(name).clone() for name in header.tensors}
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies: the file may be replaced while its tensors are in use.
+            tensors = {name: file.get_tensor(name).clone() for name in header.tensors}
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from error
     if _digest(tensors, text) != digest:
         raise CheckpointError(f"the bytes of {path} are not those that were written (its sha256 differs)")
     return tensors, parse_json(text, f"the record in {path}")
@@ -68,7 +71,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         OSError: as raised by the file system; an older file stays.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    with _whole_or_not(temporary, path), temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # as above; and nothing is written through a link of that name
+    with _whole_or_not(temporary, path), temporary.open("xb") as file:
         file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
         sync(file)
 

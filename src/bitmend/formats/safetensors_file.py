@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitmend.errors import CheckpointError
@@ -22,6 +22,9 @@ from bitmend.models.shards import DTYPES
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 _CHUNK_BYTES = 4 << 20
+# More sides than any tensor has, and longer than any: their product could not be computed in reasonable time.
+_MOST_SIDES = 64
+_LONGEST_SIDE = 2**63 - 1
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -81,6 +84,8 @@ def read_header(path: Path) -> Header:
             names that occur twice.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device be read for ever
+            raise CheckpointError(f"{path} cannot be read: it is no regular file; copy or download it again")
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
@@ -92,7 +97,7 @@ def read_header(path: Path) -> Header:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    table = parse_json(text, f"the header of {path}")
+    table = parse_json(_header_json(text, path), f"the header of {path}")
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"the header of {path} has metadata that are not text")
@@ -115,9 +120,12 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         path = self._files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_tensor(name)
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            return self._open[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise unreadable(path, error) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -268,6 +276,22 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Return the sentence for a file that the safetensors package does not read."""
+    return CheckpointError(f"{path} cannot be read as safetensors ({error}); copy or download it again")
+
+
+def _header_json(text: bytes, path: Path) -> str:
+    """Return the header as text, as strictly as the safetensors package: UTF-8, and nothing before the first brace."""
+    try:
+        decoded = text.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"the header of {path} is not UTF-8; copy or download it again") from error
+    if not decoded.startswith("{"):
+        raise CheckpointError(f"the header of {path} does not begin with a brace; copy or download it again")
+    return decoded
+
+
 def _record(path: Path, name: str, item: Any, start: int) -> TensorRecord:
     match item:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(first), int(last)], **rest} if not rest:
@@ -276,10 +300,12 @@ def _record(path: Path, name: str, item: Any, start: int) -> TensorRecord:
             raise CheckpointError(f"the header of {path} describes {name!r} wrongly: {item!r:.120}")
     if dtype not in DTYPES:
         raise CheckpointError(f"{name} in {path} has the type {dtype!r}; known: {', '.join(DTYPES)}")
-    if not all(type(side) is int and side >= 0 for side in shape):
+    if len(shape) > _MOST_SIDES or not all(type(side) is int and 0 <= side <= _LONGEST_SIDE for side in shape):
         raise CheckpointError(f"{name} in {path} has an impossible shape: {shape!r:.120}")
     record = TensorRecord(DTYPES[dtype], tuple(shape), start + first, start + last)
-    if first < 0 or record.num_bytes != record.numel * record.dtype.itemsize:
+    if not 0 <= first <= last <= _LONGEST_SIDE:
+        raise CheckpointError(f"{name} in {path} lies at impossible offsets: {[first, last]!r:.120}")
+    if record.num_bytes != record.numel * record.dtype.itemsize:
         raise CheckpointError(
             f"{name} in {path} has {record.num_bytes} bytes, but {dtype} of shape {shape!r:.120} takes "
             f"{record.numel * record.dtype.itemsize}"

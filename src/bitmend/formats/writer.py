@@ -11,7 +11,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,15 @@ class CheckpointWriter:
         return self.output
 
     def abort(self) -> None:
-        """Remove the partial folder; OUTPUT stays as it is."""
+        """Remove the partial folder; OUTPUT stays as it is.
+
+        The journal goes last: whoever is killed in here leaves a folder that still says which run it belongs to.
+        """
+        for folder in (self._model, self.partial / PARTS):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in self.partial.glob("*/*.safetensors*"):
+                path.unlink()
         shutil.rmtree(self.partial, ignore_errors=True)
 
     @property

@@ -17,8 +17,14 @@ CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 def architecture_name(config: Any) -> str:
     """Return the class that wrote the model, or its model type when the config names no class."""
+    named = _named(config)
+    return named[0] if named else str(getattr(config, "model_type", "unknown"))
+
+
+def _named(config: Any) -> list[str]:
+    """Return the classes that the config names, none when it names them wrongly."""
     named = getattr(config, "architectures", None)
-    return str(named[0]) if named else str(getattr(config, "model_type", "unknown"))
+    return named if isinstance(named, list) and all(isinstance(name, str) for name in named) else []
 
 
 def refuse_quantised(config: Any, folder: Path) -> None:
@@ -45,7 +51,7 @@ def why_not_causal(config: Any) -> str | None:
         return None
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return "it is not a causal language model"
-    named = getattr(config, "architectures", None)
+    named = _named(config)
     if not named or named[0].endswith(CAUSAL_ENDINGS) or named[0] in _class_names(config):
         return None
     return "it is not a causal language model"

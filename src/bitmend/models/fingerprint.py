@@ -15,7 +15,8 @@ def model_fingerprint(folder: Path) -> str:
 
     Cost: about a second a gigabyte.
     """
-    files = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
+    # Regular files only: a pipe would be waited for, a link to a device be read for ever.
+    files = sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern) if path.is_file())
     whole = sum(path.stat().st_size for path in files) < HASHED_WHOLE_BYTES
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in files:

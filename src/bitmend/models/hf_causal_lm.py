@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitmend.errors import ModelError
 from bitmend.models.architecture import architecture_name, module_lists, modules_found, refuse_quantised, why_not_causal
+from bitmend.models.bounds import stored
 from bitmend.models.detour import (
     BlockList,
     Probe,
@@ -102,9 +103,10 @@ class HfCausalLm:
                 f"{folder} holds {architecture_name(config)}, and {reason}; {modules_found(config)}; "
                 "give a decoder language model"
             )
+        held = stored(folder)
         weights = ShardedWeights(folder)
         dtype = dtype or _own_dtype(config) or weights.floating_dtype
-        model = empty_model(config, dtype, trust_remote_code)
+        model = empty_model(config, dtype, trust_remote_code, held)
         unpack_experts_(model)
         buffers_to(model, device)
         return cls(model, folder, config, TensorSource(model, weights, dtype=dtype, device=device))

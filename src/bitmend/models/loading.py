@@ -13,7 +13,8 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from bitmend.errors import ModelError
+from bitmend.errors import ModelError, QuantizationError
+from bitmend.models.bounds import Stored, check_counts, no_more_than, refuse_special_files
 
 CONFIG_FILE = "config.json"
 
@@ -56,16 +57,20 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
     Raises:
         ModelError: there is no config, it is broken, or transformers does not know its model type.
+        CheckpointError: it asks for numbers of layers, heads or labels that cannot be meant, or something in the folder is
+            no file.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ModelError(f"{folder} has no {CONFIG_FILE}; give the folder of a model as save_pretrained writes it")
+    refuse_special_files(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} is not readable JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, need a JSON object; copy it again")
+    check_counts(content, path)
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # config classes and code that comes with a model raise whatever they like
@@ -85,7 +90,9 @@ def _config_sentence(path: Path, content: dict[str, Any], trust_remote_code: boo
 TRUST_HINT = "read that code, and allow it with trust_remote_code if you trust it"
 
 
-def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
+def empty_model(
+    config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False, held: Stored | None = None
+) -> nn.Module:
     """Return the causal language model of `config` with parameters on the meta device and real buffers.
 
     Costs neither memory nor time, whatever the size of the model. Tied weights are not tied yet.
@@ -94,12 +101,16 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code
         config: of transformers; not changed.
         dtype: of parameters and computed buffers; None for the config's own.
         trust_remote_code: allow code that comes with the model.
+        held: how much the weight files hold; None does not bound the model.
 
     Raises:
         ModelError: transformers cannot build the model.
+        CheckpointError: the config asks for more than the files could fill.
     """
     config = copy.deepcopy(config)
     options = {} if dtype is None else {"dtype": dtype}
+    if held is not None:
+        _build_nothing(config, trust_remote_code, held)
     try:
         with no_init_weights(), _parameters_on_meta():
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
@@ -113,6 +124,20 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, trust_remote_code
             f"transformers cannot build the model from its config ({reason}); check config.json"
         ) from error
     return model.eval()
+
+
+def _build_nothing(config: Any, trust_remote_code: bool, held: Stored) -> None:
+    """Build the model without any memory, buffers neither, to see what it asks for.
+
+    What else may go wrong is for the real building to tell.
+    """
+    try:
+        with no_init_weights(), torch.device("meta"), no_more_than(held):
+            transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except QuantizationError:
+        raise
+    except Exception:  # code of a model that cannot be built on meta
+        return
 
 
 @contextmanager

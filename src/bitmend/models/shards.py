@@ -200,6 +200,19 @@ def _stored(path: Path, name: str, piece: Any, start: int) -> StoredTensor:
     return StoredTensor(path, tuple(piece.get_shape()), DTYPES[code], start)
 
 
+def check_index(folder: Path) -> None:
+    """Check that an index, where there is one, names files of its own folder only.
+
+    For readers other than this one: transformers opens whatever the index names.
+
+    Raises:
+        CheckpointError: it does not, or it is no index.
+    """
+    if (folder / INDEX_FILE).is_file():
+        for shard in set(_weight_map(folder / INDEX_FILE).values()):
+            _shard_path(folder, shard)
+
+
 def _read_index(folder: Path) -> dict[str, StoredTensor]:
     weight_map = _weight_map(folder / INDEX_FILE)
     headers = {shard: _read_header(_shard_path(folder, shard)) for shard in dict.fromkeys(weight_map.values())}
@@ -215,7 +228,7 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); copy it again") from error
     found = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()) or not found:

@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 
 from bitmend.errors import ModelError
+from bitmend.models.bounds import refuse_special_files
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -13,7 +14,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         ModelError: there is none, or it cannot be read.
+        CheckpointError: something in the folder is no file.
     """
+    refuse_special_files(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizer classes raise whatever they like

@@ -18,8 +18,8 @@ The activations in front of the block under way are not kept: `pipeline/quantize
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class Journal:
         self.num_finished += 1
         self._num_sites = 0
         for path in self._site_files():
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def read_block(self, index: int, device: torch.device) -> QuantisedBlock:
         """Return a finished block, its sites on `device`, without its other tensors.
@@ -227,15 +227,15 @@ class Journal:
         sites = {site.name: site for site in block.sites}
         known = {}
         for position in range(self._num_sites):
-            tensors, values = read_record(self._site_file(position))
-            site = sites.get(values["site"])
-            if site is None or site.shape != tuple(values["shape"]):
-                raise ResumeError(
-                    f"{self._site_file(position)} holds {values['site']}, which is no site of {block.name}; {START_AGAIN}"
-                )
-            qtensor = _qtensor_of(tensors, site.name, values, device)
-            solution = Solution(qtensor, events=_events_from_json(values["events"]))
-            known[site.name] = SolvedSite(site, solution, SiteReport(**values["report"]), values["carried"])
+            path = self._site_file(position)
+            tensors, values = read_record(path)
+            with _as_written(path):
+                site = sites.get(values["site"])
+                if site is None or site.shape != tuple(values["shape"]):
+                    raise ResumeError(f"{path} holds {values['site']}, which is no site of {block.name}; {START_AGAIN}")
+                qtensor = _qtensor_of(tensors, site.name, values, device)
+                solution = Solution(qtensor, events=_events_from_json(values["events"]))
+                known[site.name] = SolvedSite(site, solution, SiteReport(**values["report"]), values["carried"])
         return known
 
     def _adopt_sites(self, say: Callable[[str], None]) -> None:
@@ -245,12 +245,13 @@ class Journal:
             except CheckpointError as error:
                 say(f"{error}; it is not believed, and the run goes on from before it")
                 break
-            self._earlier_seconds = values["seconds"]
+            with _as_written(path):
+                self._earlier_seconds = float(values["seconds"])
             self._num_sites += 1
         believed = {self._site_file(position) for position in range(self._num_sites)}
         for path in self._site_files():
             if path not in believed:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def _site_file(self, position: int) -> Path:
         return self._folder / f"{self.num_finished:04d}-{position:04d}{SUFFIX}"
@@ -262,6 +263,14 @@ class Journal:
         return self._earlier_seconds + time.perf_counter() - self._started
 
 
+def _remove(path: Path) -> None:
+    """Remove what is not believed, whatever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------- may it go on?
 def read_head(partial: Path) -> dict[str, Any] | None:
     """Return what journal.json says, or None where nothing has been journaled yet.
@@ -270,6 +279,10 @@ def read_head(partial: Path) -> dict[str, Any] | None:
         ResumeError: the journal is damaged or of another version, or the folder is none that bitmend made.
     """
     path = partial / FOLDER / HEAD
+    # What lies in there is read, written and removed; it must not lie elsewhere.
+    links = [found for found in (partial / FOLDER, partial / PARTS, path) if found.is_symlink()]
+    if links:
+        raise ResumeError(f"{links[0]} is a link, and a run makes none; do not trust this folder, and {START_AGAIN}")
     if not path.is_file():
         # Killed before the first file was whole: folders, and perhaps a file that never got its name.
         if any(found.is_file() and found.suffix != TEMPORARY for found in partial.rglob("*")):
@@ -285,7 +298,9 @@ def read_head(partial: Path) -> dict[str, Any] | None:
             f"{path} has journal_version {version}, this release of bitmend goes on with {JOURNAL_VERSION}; go on with the "
             f"release that wrote it, or {START_AGAIN}"
         )
-    if not isinstance(head.get("fingerprint"), dict) or not isinstance(head.get("replaces_output"), bool):
+    fingerprint = head.get("fingerprint")
+    texts = isinstance(fingerprint, dict) and all(isinstance(part, str) for part in fingerprint.values())
+    if not texts or not isinstance(head.get("replaces_output"), bool):
         raise ResumeError(f"{path} must hold a fingerprint and replaces_output, but one is missing; {START_AGAIN}")
     return head
 
@@ -330,12 +345,15 @@ def finished_run(output: Path, fingerprint: Mapping[str, str]) -> RunReport | No
     path = output / "run.json"
     values: dict[str, Any] = parse_json(path.read_bytes(), str(path)) if path.is_file() else {}
     found = values.get("fingerprint")
+    if isinstance(found, dict):
+        found = {part: str(value) for part, value in found.items()}
     if isinstance(found, dict) and not differences(found, fingerprint):
         check_folder(output)
-        return report_from_json(values)
+        with _as_written(path):
+            return report_from_json(values)
     if (head := read_head(partial_folder(output))) is not None and head["replaces_output"]:
         return None
-    if not found:
+    if not isinstance(found, dict) or not found:
         raise ResumeError(f"{output} does not say what it was made with, so it cannot be gone on with; {START_AGAIN}")
     check_same(output, found, fingerprint)
     return None
@@ -344,11 +362,11 @@ def finished_run(output: Path, fingerprint: Mapping[str, str]) -> RunReport | No
 def remove_leftovers(output: Path, fingerprint: Mapping[str, str]) -> None:
     """Remove the partial folder of a run that was killed when its output was finished; not one that is in use."""
     partial = partial_folder(output)
-    if not (partial / FOLDER / HEAD).is_file():
+    if not partial.is_dir():
         return
     with suppress(RequestError, OSError):  # of another request, damaged, or in use: not ours to remove
-        head = read_head(partial)
-        if head is not None and not differences(head["fingerprint"], fingerprint):
+        head = read_head(partial)  # None: the journal itself is gone, and no other file is left
+        if head is None or not differences(head["fingerprint"], fingerprint):
             lock = FolderLock(partial)
             shutil.rmtree(partial, ignore_errors=True)
             lock.release()
@@ -373,9 +391,27 @@ def _events_from_json(values: list[dict[str, Any]]) -> tuple[Event, ...]:
     return tuple(Event(**event) for event in values)
 
 
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Make of values of other kinds than the journal writes, under whatever checksum, a damaged file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold what a run writes there ({type(error).__name__}: {error}); {START_AGAIN}"
+        ) from error
+
+
 def _read_part(path: Path, device: torch.device) -> tuple[QuantisedBlock, float]:
     """Return a finished block, and how many seconds of work led to it."""
     tensors, values = read_record(path)
+    with _as_written(path):
+        return _part_of(path, tensors, values, device)
+
+
+def _part_of(
+    path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], device: torch.device
+) -> tuple[QuantisedBlock, float]:
     described = values.get("sites")
     if described is None:
         raise CheckpointError(f"{path} holds no block")
