@@ -30,6 +30,7 @@ from tables import accuracy_table, timing_table
 
 from bitmend import assets
 from bitmend.calibrate.data import load_calibration
+from bitmend.errors import UnknownNameError
 from bitmend.models.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -141,7 +142,12 @@ def accuracy(bench, options):
     """Run and score every contestant at every width, draw by draw."""
     from score import score
 
-    texts = {name: assets.path(name) for name in TEXTS}
+    try:
+        texts = {name: assets.path(name) for name in TEXTS}
+    except UnknownNameError as error:
+        raise SystemExit(
+            f"the accuracy part scores on {' and '.join(TEXTS)}: {error}; docs/data.md says where"
+        ) from error
     reference = assets.path("books-7m")
 
     def scored(record, checkpoint):

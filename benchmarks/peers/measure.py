@@ -1,6 +1,6 @@
 """Run one script in another interpreter, and watch the memory of it and of all that it starts.
 
-Memory is sampled every 20 ms from /proc, summed over the process and its descendants: resident (`rss`, with mapped files)
+Memory is sampled every 50 ms from /proc, summed over the process and its descendants: resident (`rss`, with mapped files)
 and anonymous (`anonymous`, without). Given is the largest sum after the imports, less what the process had when they were
 done. Where the kernel allows it, its own record of the largest resident size of the main process is given as well
 (`rss_high_water`), which misses nothing between two samples but knows no descendants.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from protocol import UNITS, UNSUPPORTED, limit_threads, read_status
 
-INTERVAL = 0.02  # seconds
+INTERVAL = 0.05  # seconds
 KEPT_LINES = 400
 
 

@@ -67,6 +67,10 @@ class Run:
         torch.set_num_threads(self.threads)
         self._answer["versions"] = {name: version(name) for name in ("torch", "transformers", *packages)}
         self._close_phase("imports")
+        self.take_baseline()
+
+    def take_baseline(self):
+        """Count memory from here."""
         self._answer["high_water_reset"] = reset_high_water()
         self._answer["baseline"] = own_memory()
         self._answer["baseline"]["time"] = time.time()

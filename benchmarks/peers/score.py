@@ -17,7 +17,7 @@ from bitmend.models.tokenizer import load_tokenizer
 WINDOWS, LENGTH = 160, 512
 
 
-def score(folder, reader, notes, reference, texts, cache):
+def score(folder, reader, notes, reference, texts, cache, windows=WINDOWS):
     """Return bits, scores by text, and what the reader had to say.
 
     Args:
@@ -27,6 +27,7 @@ def score(folder, reader, notes, reference, texts, cache):
         reference: folder of the full-precision model.
         texts: name -> file.
         cache: where the reference's hidden states are kept.
+        windows: of each text.
     """
     events = []
     if reader == "quantized":
@@ -37,7 +38,7 @@ def score(folder, reader, notes, reference, texts, cache):
         [source],
         texts=list(texts.values()),
         reference=reference,
-        windows=WINDOWS,
+        windows=windows,
         window_length=LENGTH,
         cache_dir=cache,
     )
