@@ -52,6 +52,7 @@ run.finish(run.output / "model", "folder")
     assert record["checkpoint"] == "model"
     assert 105 * MIB < record["memory"]["anonymous"] < 145 * MIB  # 64 and 48, and the child's interpreter
     assert record["seconds"]["wall"] > record["seconds"]["quantise"] > 0.5
+    assert 0 < record["cpu"]["quantise"] < record["seconds"]["quantise"]  # it slept for half a second
     if "rss_high_water" in record["memory"]:  # of the main process alone
         assert 60 * MIB < record["memory"]["rss_high_water"] < 80 * MIB
 
@@ -126,7 +127,8 @@ def test_requirements_are_exact_and_begin_with_torch(peer):
 def timing_line(name, repeat, wall, anonymous):
     seconds = {"wall": wall, "load": 0.0, "quantise": wall / 2, "save": 0.0, "solver": 1.0}
     key = {"part": "timing", "name": name, "model": "books-7m", "bits": 4, "threads": 1, "repeat": repeat}
-    return {"key": key, "status": "ok", "seconds": seconds, "memory": {"rss": MIB, "anonymous": anonymous * MIB}}
+    memory = {"rss": MIB, "anonymous": anonymous * MIB}
+    return {"key": key, "status": "ok", "seconds": seconds, "cpu": {"imports": 9.0, "quantise": 2.0}, "memory": memory}
 
 
 def test_ratios_are_taken_within_a_round():

@@ -7,6 +7,7 @@ The driver starts `PYTHON quantise.py REQUEST.json` and reads the file that the 
 | `checkpoint` | folder of the quantised model, below `output`                                              |
 | `reader`     | `quantized`: bitmend's readers of other tools' files; `folder`: any plain or bitmend folder |
 | `seconds`    | wall time of `imports`, `load`, `quantise`, `save`; `solver` where the tool tells it       |
+| `cpu`        | processor time of the same phases, all threads; on a busy machine the steadier number      |
 | `baseline`   | own memory when the imports were done, in bytes: `rss`, `anonymous`                        |
 | `high_water` | the kernel's own record of the largest `rss` since then, or null where it cannot be reset  |
 | `versions`   | of the packages that the result depends on                                                 |
@@ -47,8 +48,8 @@ class Run:
     def __init__(self, request):
         """Keep what is asked, and start the clock."""
         self._request = request
-        self._answer = {"seconds": {}, "versions": {}, "settings": request["settings"], "notes": {}}
-        self._phase_started = time.perf_counter()
+        self._answer = {"seconds": {}, "cpu": {}, "versions": {}, "settings": request["settings"], "notes": {}}
+        self._phase_started = time.perf_counter(), 0.0
         self.model, self.output = Path(request["model"]), Path(request["output"])
         self.rows = None if request["rows"] is None else Path(request["rows"])
         self.method, self.bits, self.group_size = request["method"], request["bits"], request["group_size"]
@@ -78,12 +79,12 @@ class Run:
     @contextmanager
     def phase(self, name):
         """Time `load`, `quantise` or `save`."""
-        self._phase_started = time.perf_counter()
+        self._phase_started = time.perf_counter(), processor_seconds()
         yield
         self._close_phase(name)
 
     def split(self, name, **parts):
-        """Replace one phase by `parts` in seconds; `save` is what they leave of it."""
+        """Replace one phase by `parts` in seconds; `save` is what they leave of it. Processor time stays whole."""
         whole = self._answer["seconds"].pop(name)
         self._answer["seconds"] |= {**parts, "save": whole - sum(parts.values())}
 
@@ -121,7 +122,9 @@ class Run:
         Path(self._request["answer"]).write_text(json.dumps(self._answer, indent=1) + "\n")
 
     def _close_phase(self, name):
-        self._answer["seconds"][name] = time.perf_counter() - self._phase_started
+        wall, processor = self._phase_started
+        self._answer["seconds"][name] = time.perf_counter() - wall
+        self._answer["cpu"][name] = processor_seconds() - processor
 
 
 def start():
@@ -133,6 +136,12 @@ def unsupported(reason):
     """End the script: the tool cannot do what is asked."""
     print(reason, file=sys.stderr)
     raise SystemExit(UNSUPPORTED)
+
+
+def processor_seconds():
+    """Return the processor time of this process and of its ended children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def own_memory():

@@ -44,9 +44,9 @@ def timing_table(results, part):
     found = [result for result in results if result["key"]["part"] == part and result["status"] == "ok"]
     settings = list(dict.fromkeys((r["key"]["model"], r["key"]["threads"]) for r in found))
     lines = [
-        "| model | threads | contestant | runs | wall (s) | load to save (s) | quantise (s) | solver (s) | RSS (MiB) "
-        "| anonymous (MiB) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | threads | contestant | runs | wall (s) | load to save (s) | of it on a processor (s) | quantise (s) "
+        "| solver (s) | RSS (MiB) | anonymous (MiB) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, threads in settings:
         for name in dict.fromkeys(result["key"]["name"] for result in found):
@@ -59,13 +59,15 @@ def timing_table(results, part):
     return "\n".join(lines) + "\n"
 
 
-COLUMNS = ("wall", "work", "quantise", "solver", "rss", "anonymous")
+COLUMNS = ("wall", "work", "cpu", "quantise", "solver", "rss", "anonymous")
 
 
 def value(run, what):
     """Return one number of a run: seconds, or MiB."""
     if what == "work":
         return sum(run["seconds"][phase] for phase in ("load", "quantise", "save"))
+    if what == "cpu":
+        return sum(seconds for phase, seconds in run["cpu"].items() if phase != "imports")
     if what in ("rss", "anonymous"):
         return run["memory"][what] / MIB
     return run["seconds"][what]
@@ -74,8 +76,8 @@ def value(run, what):
 def ratio_lines(found, settings):
     """Return ours over theirs, run by run: median (least .. most)."""
     lines = [
-        "| model | threads | ours / theirs | rounds | wall | load to save | quantise | solver | RSS | anonymous |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | threads | ours / theirs | rounds | wall | load to save | processor | quantise | solver | RSS | anonymous |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, threads in settings:
         for ours, theirs in PAIRS:
