@@ -97,11 +97,16 @@ class Sampler:
         } | {"samples": len(since)}
 
     def _sample(self):
+        seen = {self._pid}
         while not self._ended.wait(INTERVAL):
+            alive = family(self._pid)
             sizes = dict.fromkeys(UNITS, 0)
-            for pid in family(self._pid):
+            # A child shares the memory of its parent until it runs a program of its own, a moment later: it counts from the
+            # second sample on, lest that memory count twice.
+            for pid in seen.intersection(alive):
                 for name, key in UNITS.items():
                     sizes[name] += read_status(key, pid) or 0
+            seen = {self._pid, *alive}
             self._samples.append((time.time(), sizes))
 
 

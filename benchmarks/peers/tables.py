@@ -76,7 +76,8 @@ def value(run, what):
 def ratio_lines(found, settings):
     """Return ours over theirs, run by run: median (least .. most)."""
     lines = [
-        "| model | threads | ours / theirs | rounds | wall | load to save | processor | quantise | solver | RSS | anonymous |",
+        "| model | threads | ours / theirs | rounds | wall | load to save | processor | quantise | solver | RSS "
+        "| anonymous |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, threads in settings:
