@@ -1,7 +1,8 @@
 # make demo     the main job, on the embedded model
 # make test     every check that runs in minutes: style, types, layers, tests, README code blocks, examples
+# make bench-peers   other quantisers beside this one, hours: an environment for each in .venv-peers, tables in out/peers
 #
-# Both make a virtual environment in .venv where there is none, and install what is missing.
+# They make a virtual environment in .venv where there is none, and install what is missing.
 #
 #   PYTHON=python3.12      the interpreter that makes the environment (3.11 or newer)
 #   TORCH="torch==2.13.0"  what pip is asked for where .venv has no torch yet
@@ -23,7 +24,7 @@ comma := ,
 # The torch that is in the environment, to the letter (a CPU build says 2.13.0+cpu), so that no dependency replaces it.
 PIN_TORCH := import importlib.metadata as m; print("torch==" + m.version("torch"))
 
-.PHONY: help demo test test-slow format clean
+.PHONY: help demo test test-slow bench-peers format clean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -41,6 +42,11 @@ test: $(INSTALLED_DEV)
 
 test-slow: $(INSTALLED_DEV)
 	$(PYTEST) -m slow
+
+# A peer that cannot be installed is told there, and again as a row of the table; the others run all the same.
+bench-peers: $(INSTALLED)
+	-$(BIN)/python benchmarks/peers/environments.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peers/bench_peers.py --output out/peers
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
