@@ -371,7 +371,8 @@ def draw_calibration(
     """
     if not sources:
         return None
-    context = getattr(adapter.model.config, "max_position_embeddings", None) or LONGEST_DEFAULT_SEQUENCE
+    context = getattr(adapter.model.config, "max_position_embeddings", None)
+    context = context if isinstance(context, int) and context > 0 else LONGEST_DEFAULT_SEQUENCE
     wanted = recipe.calibration
     length = wanted.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
     if isinstance(sources, CalibrationSet):
