@@ -84,3 +84,12 @@ def test_prompt_and_continuation_fit_the_context(reference):
 def test_no_such_model(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         generate(tmp_path / "none")
+
+
+def test_a_context_that_is_no_number_bounds_nothing(reference, monkeypatch):
+    import bitmend.evaluate.generation as module
+
+    loaded = module.load_model(reference, CPU, torch.float32)
+    loaded.model.config.max_position_embeddings = {"a": 1}
+    monkeypatch.setattr(module, "load_model", lambda *arguments: loaded)
+    assert generate(reference).startswith("w3 w4 w5")

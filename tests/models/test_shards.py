@@ -136,3 +136,10 @@ def test_a_deeply_nested_index_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"a":' * 100_000)
     with pytest.raises(CheckpointError, match="is not readable JSON"):
         ShardedWeights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".safetensors", "a\0b.safetensors", "\ud800.safetensors"])
+def test_a_shard_with_a_name_that_no_file_can_have(tmp_path, name):
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="is missing from"):
+        ShardedWeights(tmp_path)

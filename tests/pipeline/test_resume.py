@@ -325,7 +325,7 @@ def test_solved_sites_are_not_solved_and_their_groups_not_measured_again(run_tin
         lambda self, problem, rows: solved.append(problem.site.path) or solve(self, problem, rows),
     )
     monkeypatch.setattr(
-        PerSite, "_measure", lambda self, index, streams: measured.append(index) or measure(self, index, streams)
+        PerSite, "_measure", lambda self, index, *rest: measured.append(index) or measure(self, index, *rest)
     )
     run_tiny(resume=True)
     assert solved == ["mlp.up_proj", "mlp.down_proj"]

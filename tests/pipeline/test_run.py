@@ -425,7 +425,15 @@ def test_a_full_disk_under_the_activations(run_tiny, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("bitmend.calibrate.activation_store.torch.split", full)
+    class FullDisk:
+        """torch, as the store of activations alone sees it."""
+
+        split = staticmethod(full)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr("bitmend.calibrate.activation_store.torch", FullDisk())
     with pytest.raises(OutputError, match=r"activation store: .*No space left on device"):
         run_tiny(activations_on_disk=True)
     assert list(tmp_path.iterdir()) == []
@@ -472,3 +480,17 @@ def test_numbers_that_are_not_finite_become_null():
     assert plain["blocks"][0]["sites"][0]["diagnostics"] == {"a": None, "b": [1.0, None], "c": [2, "x"]}
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert plain["events"][0] == {"kind": "fallback", "where": "here", "message": "it fell back", "degrades": True}
+
+
+@pytest.mark.parametrize("context", [{"a": 1}, "x", 0, -3, None])
+def test_a_context_that_is_no_number_of_tokens_is_not_one(tiny_model, tiny_text, context):
+    from types import SimpleNamespace
+
+    from bitmend.pipeline.recipe import load_recipe
+    from bitmend.pipeline.run import draw_calibration
+    from bitmend.protocols import SilentProgress
+
+    config = SimpleNamespace(max_position_embeddings=context)
+    adapter = SimpleNamespace(model=SimpleNamespace(config=config), folder=tiny_model)
+    plan = load_recipe("gptq", {"calibration.sequences": 4, "calibration.sequence_length": 12})
+    assert len(draw_calibration.__wrapped__(plan, adapter, [tiny_text], SilentProgress())) == 4

@@ -38,7 +38,7 @@ def generate_text(
             f"generate needs a prompt of at least one token, but {prompt!r} holds none; pass --prompt TEXT with a word"
         )
     context = getattr(loaded.model.config, "max_position_embeddings", None)
-    if context is not None and length + tokens > context:
+    if isinstance(context, int) and length + tokens > context:
         raise RequestError(
             f"prompt and continuation must fit the model's context of {context} tokens, but are {length} + {tokens}; "
             f"pass --tokens {max(1, context - length)} or a shorter prompt"

@@ -54,13 +54,20 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} must map tensor names to file names in weight_map")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     for file in files:
-        if file.parent != folder or not file.is_file():
+        if file.parent != folder or not _is_file(file):
             raise CheckpointError(f"{index} names the weight file {file.name!r}, which is not in {folder}")
     records = read_records(files)
     strays = sorted(set(weight_map) ^ set(records))
     if strays:
         raise CheckpointError(f"{index} and the weight files disagree about {strays[0]!r}")
     return files
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False
 
 
 def read_records(files: Iterable[Path]) -> dict[str, TensorRecord]:

@@ -246,7 +246,11 @@ def _shard_path(folder: Path, shard: str) -> Path:
     if relative.suffix != ".safetensors":
         raise CheckpointError(f"{INDEX_FILE} names the shard {shard!r}, need a .safetensors file; copy the index again")
     path = folder / relative
-    if not path.is_file():
+    try:
+        missing = not path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        missing = True
+    if missing:
         raise CheckpointError(
             f"{INDEX_FILE} names the shard {shard}, which is missing from {folder}; download it again"
         )

@@ -467,13 +467,14 @@ def draw_calibration(
 
 def _row_length(recipe: Recipe, adapter: ModelAdapter, rows: CalibrationSet | None = None) -> int:
     """Return the tokens of a full row: of `rows`, or as the recipe asks."""
-    context = getattr(adapter.model.config, "max_position_embeddings", None) or LONGEST_DEFAULT_SEQUENCE
+    context = getattr(adapter.model.config, "max_position_embeddings", None)
+    context = context if isinstance(context, int) and context > 0 else LONGEST_DEFAULT_SEQUENCE
     length = recipe.calibration.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
     if rows is not None:
         length = max(row.numel() for row in rows.rows)
     if length > context:
         raise RequestError(f"sequence_length must be at most the model's context of {context} tokens; got {length}")
-    return int(length)
+    return length
 
 
 def _batches(rows: CalibrationSet | None) -> list[tuple[TokenBatch, bool]]:

@@ -101,7 +101,8 @@ def reseal(folder: Path) -> None:
     from bitmend.formats.safetensors_file import sha256_of
 
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a folder that is spoilt already
-        config = json.loads((folder / "config.json").read_bytes())
+        path = folder / "config.json"
+        config: Any = json.loads(path.read_bytes()) if path.is_file() else None
         if config["quantization_config"]["quant_method"] == "bitmend":
             files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
             config["quantization_config"]["files"] = {path.name: sha256_of(path) for path in files}

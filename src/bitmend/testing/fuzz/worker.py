@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from bitmend.testing.fuzz.verdicts import Verdict
 
 MEMORY_BYTES = 2 << 30
 SECONDS = 30.0
-STARTING_SECONDS = 300.0
+STARTING_SECONDS, ENDING_SECONDS = 300.0, 30.0
 READY = "ready"
 
 
@@ -62,10 +63,13 @@ class Worker:
             if answer is not None:
                 yield Verdict(**{**answer, "mutations": tuple(answer["mutations"])}), spent
                 continue
-            hung = self._is_alive(process)
+            hung = spent >= self.seconds
             if hung:
                 process.send_signal(signal.SIGUSR1)  # faulthandler writes where it stands
                 time.sleep(0.5)
+            else:  # it has closed its output, and is about to end
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=ENDING_SECONDS)
             code = self._stop()
             what = "hung" if hung else f"died with {code}"
             yield Verdict(seed, "?", "?", (), what, self._last_words()), spent
@@ -82,14 +86,6 @@ class Worker:
                 self._stop()
                 raise RuntimeError(f"the worker did not start: {self._last_words()}")
         return self._process
-
-    @staticmethod
-    def _is_alive(process: subprocess.Popen[str]) -> bool:
-        try:
-            process.wait(timeout=1.0)  # one that has closed its output is about to end
-        except subprocess.TimeoutExpired:
-            return True
-        return False
 
     def _answer(self, process: subprocess.Popen[str], seconds: float) -> Any:
         assert process.stdout is not None
