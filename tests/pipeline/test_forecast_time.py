@@ -15,7 +15,7 @@ from bitmend.pipeline.rates import Rates
 
 SITE = SiteShape(32, 64, QuantSpec(UniformGrid(4, symmetric=True), PerGroup(8)))
 FORWARD = ForwardCost((Growth(0.0, 1.0),), Growth(0.0, 0.0), 0.0, 0.0, seconds=0.5, timed_tokens=10)
-ENDLESS = Rates(*[1e30] * 6, 0.0, 0.0)
+ENDLESS = Rates(*[1e30] * 7, 0.0, 0.0)
 FACTS = Facts(
     blocks=(BlockShape(3, ((SITE,),), 2 * SITE.entries, 2 * SITE.entries, FORWARD),),
     batches=(BatchShape(1, 100),),
@@ -30,7 +30,7 @@ FACTS = Facts(
     refit=False,
     keep_inputs=False,
 )
-RATES = Rates(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e-6, 1e-9)
+RATES = Rates(*[1e9] * 7, 1e-6, 1e-9)
 
 
 def test_passes_are_those_of_the_timed_one():

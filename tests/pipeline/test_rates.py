@@ -9,6 +9,7 @@ from bitmend.pipeline.rates import measure_rates
 def test_rates_are_positive_and_of_the_right_kind(monkeypatch):
     monkeypatch.setattr(module, "LARGEST_SIDE", 96)
     monkeypatch.setattr(module, "SEARCHED_ENTRIES", 2**10)
+    monkeypatch.setattr(module, "OUT_OF_CACHE", 2**12)
     found = measure_rates(4096, QuantSpec(UniformGrid(3, symmetric=False)), torch.device("cpu"))
     assert min(found.product, found.double_product, found.factor, found.pass_over, found.search, found.pack) > 1e3
     assert found.sweep_column >= 0

@@ -127,12 +127,14 @@ def _site(facts: Facts, site: SiteShape, rates: Rates) -> float:
 
 def _proof(facts: Facts, site: SiteShape, rates: Rates) -> float:
     """The scales on the weight, and the errors of candidate and base: an energy, and a product a moment."""
-    search = site.entries / rates.search
+    # Rounding to nearest, and decoding what goes back into the block.
+    search = site.entries / rates.search + 2 * site.entries / rates.rounding
     if not facts.batches or not facts.moments:
         return search
     errors = PROOFS + (PROOFS_HELD_OUT if facts.has_held_out else 0)
     each = 1 + (3 if facts.moments > 1 else 1)
-    return search + errors * each * 2 * site.entries * site.width / rates.double_product
+    decoded = errors * site.entries / rates.rounding
+    return search + decoded + errors * each * 2 * site.entries * site.width / rates.double_product
 
 
 def _write(facts: Facts, rates: Rates) -> float:

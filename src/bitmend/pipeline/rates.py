@@ -14,12 +14,13 @@ from bitmend.linalg.cholesky import factor_inverse
 from bitmend.linalg.column_sweep import round_columns
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.products import linear
-from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.qtensor import QuantSpec, quantize
 from bitmend.packing.bits import pack_codes
 
 LARGEST_SIDE = 768  # of a matrix that a rate is measured on
 SEARCHED_ENTRIES = 2**16
 SWEPT_ROWS = (32, 256)
+OUT_OF_CACHE = 2**23  # numbers, so many that a pass over them goes to memory and takes fresh pages
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Rates:
         factor: operations of a factorisation and its triangular solve.
         pass_over: bytes of a pass over memory, read or written.
         search: entries whose scales are searched.
+        rounding: entries that are rounded to nearest and decoded again.
         pack: codes that are packed into words.
         sweep_column: seconds of one column of a sweep, whatever its height.
         sweep_entry: seconds of one more entry in a column, products apart.
@@ -42,6 +44,7 @@ class Rates:
     factor: float
     pass_over: float
     search: float
+    rounding: float
     pack: float
     sweep_column: float
     sweep_entry: float
@@ -73,15 +76,17 @@ def measure_rates(width: int, spec: QuantSpec, device: torch.device) -> Rates:
     product = 2 * side**3 / timed(lambda: linear(single, single))
     # Of an entry's seconds, the products of a sweep over this many columns are counted apart.
     entry = max(0.0, (sweeps[1] - sweeps[0]) / (SWEPT_ROWS[1] - SWEPT_ROWS[0]) - side / product)
-    cells = normal(1024, 1024)
+    cells = torch.ones(OUT_OF_CACHE, device=device)
     codes = torch.zeros(256, 1024, dtype=torch.int8, device=device)
     whole = QuantSpec(spec.grid, observer=spec.observer, scale_dtype=spec.scale_dtype)
+    on_columns = choose_qparams(columns, whole)
     return Rates(
         product=product,
         double_product=2 * side**3 / timed(lambda: double @ double),
         factor=4 / 3 * side**3 / timed(lambda: factor_inverse(moment, 0.01, "natural")),
         pass_over=3 * cells.nbytes / timed(lambda: cells + cells),
         search=columns.numel() / timed(lambda: choose_qparams(columns, whole)),
+        rounding=columns.numel() / timed(lambda: quantize(columns, on_columns, whole).dequantize()),
         pack=codes.numel() / timed(lambda: pack_codes(codes, spec.grid.bits)),
         sweep_column=max(0.0, sweeps[0] - (entry + side / product) * SWEPT_ROWS[0]),
         sweep_entry=entry,
