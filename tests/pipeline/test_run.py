@@ -476,6 +476,7 @@ def test_numbers_that_are_not_finite_become_null():
 
 @pytest.mark.parametrize("context", [{"a": 1}, "x", 0, -3, None])
 def test_a_context_that_is_no_number_of_tokens_is_not_one(tiny_model, tiny_text, context):
+    import inspect
     from types import SimpleNamespace
 
     from bitmend.pipeline.recipe import load_recipe
@@ -485,4 +486,4 @@ def test_a_context_that_is_no_number_of_tokens_is_not_one(tiny_model, tiny_text,
     config = SimpleNamespace(max_position_embeddings=context)
     adapter = SimpleNamespace(model=SimpleNamespace(config=config), folder=tiny_model)
     plan = load_recipe("gptq", {"calibration.sequences": 4, "calibration.sequence_length": 12})
-    assert len(draw_calibration.__wrapped__(plan, adapter, [tiny_text], SilentProgress())) == 4
+    assert len(inspect.unwrap(draw_calibration)(plan, adapter, [tiny_text], SilentProgress())) == 4
