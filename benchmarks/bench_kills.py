@@ -321,6 +321,7 @@ def main():
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no run after this time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -348,7 +349,8 @@ def main():
         run_killed_at_moment(older, None)
         (place / "out").rename(place / "older")
         print(f"{options.model}: {seconds:.2f} s and {operations} file operations in an uninterrupted run", flush=True)
-        while sum(tally.kills.values()) < options.kills:
+        last = time.perf_counter() + 60 * options.minutes
+        while sum(tally.kills.values()) < options.kills and time.perf_counter() < last:
             one_run(request, whole, place / "older", seconds, operations, draw, tally)
     show(options, tally, time.perf_counter() - started)
 

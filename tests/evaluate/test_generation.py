@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 import transformers
@@ -87,9 +89,8 @@ def test_no_such_model(tmp_path):
 
 
 def test_a_context_that_is_no_number_bounds_nothing(reference, monkeypatch):
-    import bitmend.evaluate.generation as module
-
+    module = importlib.import_module("bitmend.evaluate.generation")  # bitmend.evaluate is a function, too
     loaded = module.load_model(reference, CPU, torch.float32)
-    loaded.model.config.max_position_embeddings = {"a": 1}
+    loaded.model.config.__dict__["max_position_embeddings"] = {"a": 1}
     monkeypatch.setattr(module, "load_model", lambda *arguments: loaded)
     assert generate(reference).startswith("w3 w4 w5")

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from bitmend.errors import ModelError
@@ -18,3 +20,13 @@ def test_a_folder_without_a_readable_tokenizer(tmp_path, broken):
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_that_only_work_would_show_are_tried(tiny, tmp_path):
+    folder = tmp_path / "model"
+    tiny.tokenizer().save_pretrained(folder)
+    assert len(load_tokenizer(folder)) == tiny.vocabulary
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": {"a": 1}}))
+    with pytest.raises(ModelError, match=r"could not be loaded \('>' not supported .*\); copy the tokenizer files of"):
+        load_tokenizer(folder)

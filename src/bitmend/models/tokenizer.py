@@ -18,10 +18,12 @@ def load_tokenizer(folder: Path) -> Any:
     """
     refuse_special_files(folder)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer("")  # some settings, such as the longest text, are looked at only then
     except Exception as error:  # tokenizer classes raise whatever they like
         reason = " ".join(str(error).split())
         raise ModelError(
             f"{folder}: a tokenizer is required to read text, but it could not be loaded ({reason}); copy the tokenizer "
             "files of the original model into the folder"
         ) from error
+    return tokenizer
