@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from bitmend.errors import CheckpointError, QuantizationError, RequestError
+from bitmend.formats.hf_quantizer import check_empty_model_
 from bitmend.formats.integrity import check_files, read_config, weight_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.native import read_packed
@@ -82,7 +83,7 @@ def open_native(folder: Path, target: str) -> NativeSource:
         raise RequestError(f"{folder} is not in bitmend's own format; only such a checkpoint can be exported")
     manifest = Manifest.from_json(quantization)
     files = weight_files(folder)
-    check_files(files, manifest)
+    records = check_files(files, manifest)
     model = _empty_model(folder, target)
     head = model.get_output_embeddings()
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -94,7 +95,9 @@ def open_native(folder: Path, target: str) -> NativeSource:
     if not exported:
         raise RequestError(f"{folder} has no quantised layer that {target} could hold")
     unquantised = tuple(name for name in linears if name not in exported)
-    return NativeSource(folder, model.dtype, StoredTensors(files), exported, dequantised, unquantised)
+    dtype = model.dtype
+    check_empty_model_(model, manifest, records)
+    return NativeSource(folder, dtype, StoredTensors(files), exported, dequantised, unquantised)
 
 
 def in_parts(pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
