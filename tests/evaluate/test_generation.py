@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from bitmend.errors import ModelError, RequestError
+from bitmend.errors import CheckpointError, ModelError, RequestError
 from bitmend.evaluate.generation import generate_text
 
 CPU = torch.device("cpu")
@@ -88,9 +88,12 @@ def test_no_such_model(tmp_path):
         generate(tmp_path / "none")
 
 
-def test_a_context_that_is_no_number_bounds_nothing(reference, monkeypatch):
+def test_a_context_that_is_no_number(reference, monkeypatch):
     module = importlib.import_module("bitmend.evaluate.generation")  # bitmend.evaluate is a function, too
     loaded = module.load_model(reference, CPU, torch.float32)
     loaded.model.config.__dict__["max_position_embeddings"] = {"a": 1}
     monkeypatch.setattr(module, "load_model", lambda *arguments: loaded)
-    assert generate(reference).startswith("w3 w4 w5")
+    with pytest.raises(
+        CheckpointError, match=r"a whole number of tokens is required as max_position_embeddings, but .* \{'a': 1\}"
+    ):
+        generate(reference)

@@ -112,3 +112,17 @@ def test_a_config_that_no_model_can_be_built_from(quantised):
     change_config(made.output, hidden_act="no-such-function")
     with pytest.raises(CheckpointError, match=r"transformers cannot build the model that .*config\.json describes"):
         open_native(made.output, "X")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 64}, {"num_hidden_layers": 3}, {"vocab_size": 97}, {"num_hidden_layers": 1}]
+)
+def test_a_config_of_another_model_is_refused(quantised, changes, tied):
+    made = quantised(tied=tied)
+    open_native(made.output, "X")
+    change_config(made.output, **changes)
+    with pytest.raises(
+        CheckpointError, match=r"has the shape|the checkpoint lacks|which LlamaForCausalLM does not have"
+    ):
+        open_native(made.output, "X")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bitmend.errors import RequestError
+from bitmend.errors import CheckpointError, RequestError
 from bitmend.evaluate.load import load_model
 
 
@@ -38,7 +38,12 @@ def generate_text(
             f"generate needs a prompt of at least one token, but {prompt!r} holds none; pass --prompt TEXT with a word"
         )
     context = getattr(loaded.model.config, "max_position_embeddings", None)
-    if isinstance(context, int) and length + tokens > context:
+    if context is not None and not isinstance(context, int):
+        raise CheckpointError(
+            f"{model}: a whole number of tokens is required as max_position_embeddings, but config.json says {context!r}; "
+            "copy the file again"
+        )
+    if context is not None and length + tokens > context:
         raise RequestError(
             f"prompt and continuation must fit the model's context of {context} tokens, but are {length} + {tokens}; "
             f"pass --tokens {max(1, context - length)} or a shorter prompt"

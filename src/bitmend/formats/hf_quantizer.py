@@ -109,6 +109,21 @@ class BitmendQuantizer(HfQuantizer):
         return False
 
 
+def check_empty_model_(model: PreTrainedModel, manifest: Manifest, records: Mapping[str, TensorRecord]) -> None:
+    """Compare a checkpoint with the model that its config describes, whose modules are swapped for it.
+
+    Args:
+        model: on meta.
+        manifest: of the checkpoint.
+        records: of all weight files.
+
+    Raises:
+        CheckpointError: a module or tensor that is missing, left over, or of another shape or kind.
+    """
+    _forget_ties(model, swap_modules_(model, manifest, None))
+    _check_model(model, records)
+
+
 def swap_modules_(model: nn.Module, manifest: Manifest, dtype: torch.dtype | None) -> dict[str, str]:
     """Put uninitialised packed modules in place of those that the manifest lists.
 

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from bitmend.errors import CheckpointError, QuantizationError, RequestError
+from bitmend.formats.hf_quantizer import check_empty_model_
 from bitmend.formats.integrity import check_files, read_config, weight_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.native import read_packed
@@ -94,7 +95,7 @@ def open_native(folder: Path, target: str) -> NativeSource:
         raise RequestError(f"{folder} is not in bitmend's own format; only such a checkpoint can be exported")
     manifest = Manifest.from_json(quantization)
     files = weight_files(folder)
-    check_files(files, manifest)
+    records = check_files(files, manifest)
     model = _empty_model(folder, target)
     head = model.get_output_embeddings()
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -113,8 +114,10 @@ def open_native(folder: Path, target: str) -> NativeSource:
             f"reader of {target} looks for them one by one; keep bitmend's format"
         )
     renamed = checkpoint_names(model) if has_experts else str
+    dtype = model.dtype
+    check_empty_model_(model, manifest, records)
     tensors = StoredTensors(files)
-    return NativeSource(folder, model.dtype, tensors, exported, dequantised, unquantised, has_experts, renamed)
+    return NativeSource(folder, dtype, tensors, exported, dequantised, unquantised, has_experts, renamed)
 
 
 def in_parts(pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
