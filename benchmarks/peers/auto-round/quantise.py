@@ -1,7 +1,7 @@
 """AutoRound: rounding learned by signed gradient descent, a GPTQ checkpoint. Started by `bench_peers.py` in its environment.
 
 Defaults of the tool, 200 steps a block among them (`iters` changes that). Its packer writes into a subfolder of its own,
-which is looked for here, leaves out `g_idx`, and stores scales that may be negative.
+which is looked for here, and stores scales half of which are negative.
 """
 
 import sys
