@@ -45,7 +45,7 @@ ACCURACY = (
     Contestant("llm-compressor", "gptq", "gptq, scale search", {"weights": {"observer": "mse"}}),
 )
 
-# What was fastest on the machine of the result page, by `--tune`.
+# GPTQModel's own default. To be set to what `--tune` finds fastest on the machine at hand before a ratio is believed.
 FASTEST = {"variant": "plain"}
 
 TIMING = (
