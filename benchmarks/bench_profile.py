@@ -16,16 +16,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import bitmend
-from bitmend import assets
-from bitmend.linalg import column_sweep, moments
-from bitmend.solvers import gptq, rtn
+from bitmend import assets, protocols
+from bitmend.linalg import moments, strength
+from bitmend.solvers import descent, gptaq, gptq
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "attention")
 PARTS = (
-    ("sweep", column_sweep, "column_sweep"),
+    ("sweep", gptq, "round_columns"),
+    ("sweep", gptaq, "round_columns"),
+    ("sweep", strength, "round_columns"),
+    ("sweep", descent, "column_sweep"),
     ("factor", moments, "factor_inverse"),
-    ("scale search", gptq, "choose_qparams"),
-    ("scale search", rtn, "choose_qparams"),
+    ("scale search", protocols, "choose_qparams"),
+    ("scale search", strength, "choose_qparams"),
+    ("scale search", descent, "choose_qparams"),
 )
 
 
@@ -45,20 +49,23 @@ def timed(seconds, name, function):
 def main():
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="books-7m")
+    parser.add_argument("--model", default="books-7m", help="a name of an asset, or a folder")
     parser.add_argument("--recipe", default="gptq")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--no-profiler", action="store_true", help="only the clock")
+    parser.add_argument("--clock-only", action="store_true", help="without the third run, under the profiler")
     options = parser.parse_args()
     keys = {"weights.bits": options.bits, "calibration.sequences": options.sequences}
     keys["calibration.sequence_length"] = options.length
-    group_size = {} if options.model == "books-7m" else {"weights.group_size": -1}
+    keys["weights.group_size"] = options.group_size
+    model = Path(options.model) if Path(options.model).is_dir() else assets.path(options.model)
 
     def run(folder):
         rows = [assets.path("books-calibration")]
-        model = assets.path(options.model)
-        return bitmend.quantize(model, options.recipe, rows, output=folder, overrides={**keys, **group_size})
+        return bitmend.quantize(model, options.recipe, rows, output=folder, overrides=keys)
 
     parts = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,8 +74,9 @@ def main():
             setattr(module, attribute, timed(parts, name, getattr(module, attribute)))
         report = run(Path(folder) / "plain")
         total, spent_in = report.seconds["total"], dict(parts)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            run(Path(folder) / "profiled")
+        if not options.clock_only:
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                run(Path(folder) / "profiled")
     print(
         f"{options.model}, {options.recipe}, {options.bits} bits, {options.sequences} x {options.length} tokens, "
         f"{torch.get_num_threads()} threads: {total:.1f} s"
@@ -80,6 +88,8 @@ def main():
     print("inside solve, and inside moments the factor's input:")
     for name, spent in spent_in.items():
         print(f"  {name:<14}{spent / total:6.1%}")
+    if options.clock_only:
+        return
     events = profiler.key_averages()
     everything = sum(event.self_cpu_time_total for event in events)
     products = sum(event.self_cpu_time_total for event in events if any(name in event.key for name in PRODUCTS))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from bitmend.linalg import moments as module
-from bitmend.linalg.moments import MomentSums, merge
+from bitmend.linalg.moments import MomentSums, OutputMeter, merge
 from bitmend.testing.reference.brute_force import direct_objective
 from bitmend.testing.reference.brute_force import moments as reference_moments
 
@@ -56,6 +56,40 @@ def test_without_the_full_precision_stream_the_error_is_that_of_one_stream():
     assert means.D is None
     W, Q = torch.ones(1, 5), torch.zeros(1, 5)
     assert means.output_error(W, Q) == pytest.approx(float(X.double().sum(1).square().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_the_meter_gives_the_error_on_tokens(two_streams):
+    total = sums(cross=two_streams, residual=two_streams)
+    total.add_(X, X_FP if two_streams else None)
+    W = torch.randn(4, 5, generator=GENERATOR)
+    meter = OutputMeter(W, total.means())
+    energy = float((X.double() @ W.double().T).square().sum(1).mean())
+    assert meter.energy == pytest.approx(energy, rel=1e-6)
+    for step in (1.0, 1e-2, 1e-4):
+        Q = W + step * torch.randn(4, 5, generator=GENERATOR)
+        expected = direct_objective(W.numpy(), Q.numpy(), X.numpy(), X_FP.numpy() if two_streams else X.numpy())
+        assert meter.relative_error(Q) == pytest.approx(expected / energy, rel=1e-5)
+
+
+def test_the_meter_counts_in_float64_what_float32_would_blur():
+    # One direction has all the energy but for a millionth, and the error lies across it.
+    inputs = torch.randn(500, 1, generator=GENERATOR) * torch.ones(1, 8) + 1e-3 * torch.randn(
+        500, 8, generator=GENERATOR
+    )
+    total = MomentSums(8, cross=False, residual=False, device=torch.device("cpu"))
+    total.add_(inputs, None)
+    W, across = torch.ones(1, 8), torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0]])
+    means = total.means()
+    exact = means.output_error(W, W + across) / means.output_energy(W)
+    assert OutputMeter(W, means).relative_error(W + across) == pytest.approx(exact, rel=1e-9)
+
+
+def test_the_meter_of_a_silent_layer():
+    total = sums(cross=False, residual=False)
+    total.add_(torch.zeros(3, 5), None)
+    meter = OutputMeter(torch.ones(1, 5), total.means())
+    assert meter.relative_error(torch.zeros(1, 5)) == 0.0
 
 
 def test_merging_two_parts_gives_the_moments_of_all_tokens():

@@ -9,7 +9,7 @@ from bitmend.errors import RecipeError
 from bitmend.numerics import observers
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor
 from bitmend.numerics.observers import MSE_POWER, choose_qparams
-from bitmend.numerics.qtensor import QuantSpec, quantize
+from bitmend.numerics.qtensor import QParams, QuantSpec, quantize
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.testing.laws.strategies import matrices, specs
 
@@ -43,6 +43,29 @@ def test_mse_is_never_worse_than_minmax_in_its_own_measure(weight, data):
         for s in (chosen, plain)
     ]
     assert errors[0] <= errors[1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [32, 128, 1024])
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "one outlier", "few levels"])
+def test_ranked_steps_give_what_all_steps_give(bits, size, kind, monkeypatch):
+    generator = torch.Generator().manual_seed(bits + size)
+    weight = torch.randn(64, 4096, generator=generator)
+    if kind == "heavy tails":
+        weight *= torch.randn(64, 4096, generator=generator).exp()
+    elif kind == "one outlier":
+        weight[:, ::size] = 50.0
+    elif kind == "few levels":
+        weight = weight.mul(2).round()
+    weight[3] = 0.0
+    wanted = spec(bits, granularity=PerGroup(size), observer="mse", dtype=torch.bfloat16)
+    ranked = choose_qparams(weight, wanted).scale
+    monkeypatch.setattr(observers, "RANKED_BITS", 0)
+    everything = choose_qparams(weight, wanted).scale
+    assert (ranked != everything).float().mean() < 1e-3
+    groups = weight.view(64, -1, size)
+    errors = [observers._rounding_error(groups, QParams(s, None), wanted.grid) for s in (ranked, everything)]
+    assert torch.all(errors[0] <= errors[1] * 1.01)
 
 
 def test_mse_clips_a_lone_outlier():

@@ -27,6 +27,7 @@ ResultT = TypeVar("ResultT")
 CHUNK_TOKENS = 4096
 PANEL = 128  # rows of a symmetric product that are computed at once; thinner ones pay off where the whole is small
 SMALL_PANEL, SMALL_WIDTH = 64, 512
+BLURRED = 1e-4  # error over energy below which products of moments are taken in float64
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Moments:
     def output_error(self, weight: Float[Tensor, "out in"], quantised: Float[Tensor, "out in"]) -> float:
         """Return the mean over tokens of ||Q x - W x~||^2, with x~ = x when C or D are unknown.
 
-        Cost: one (out, in) x (in, in) product for each known moment.
+        Cost: one (out, in) x (in, in) product in float64 for each known moment; `OutputMeter` does it in float32.
         """
         W = weight.double()
         E = quantised.double() - W
@@ -82,6 +83,54 @@ class Moments:
         """Return the mean over tokens of ||W x||^2, the scale against which errors are read."""
         W = weight.double()
         return float(torch.sum((W @ self.G) * W))
+
+
+class OutputMeter:
+    """Measures what rounding one weight does to its output on fixed moments; what does not depend on the codes, once.
+
+    Attributes:
+        energy: mean over tokens of ||W x||^2.
+
+    Cost: one (out, in) x (in, in) product for G and two more for C and D; one for each measurement. Products are taken in
+    float32 and their parts summed in float64.
+    """
+
+    def __init__(self, weight: Float[Tensor, "out in"], moments: Moments) -> None:
+        self._weight, self._moments = weight, moments
+        self.energy = _inner(product_for_sums(weight, moments.G), weight)
+        self._pull: Tensor | None = None
+        self._constant = 0.0
+        if moments.C is not None and moments.D is not None:
+            self._pull = product_for_sums(weight, moments.C.T)
+            self._constant = _inner(product_for_sums(weight, moments.D), weight)
+
+    def relative_error(self, quantised: Float[Tensor, "out in"]) -> float:
+        """Return the mean over tokens of ||Q x - W x~||^2 over the energy, x~ = x when C or D are unknown.
+
+        Where it is so small that float32 would blur it, it is computed again in float64.
+        """
+        E = quantised - self._weight
+        error = _inner(product_for_sums(E, self._moments.G), E) + self._constant
+        if self._pull is not None:
+            error -= 2 * _inner(self._pull, E)
+        if error <= BLURRED * self.energy:
+            error = self._moments.output_error(self._weight, quantised)
+        if self.energy == 0:
+            return 0.0 if error == 0 else float("inf")
+        return error / self.energy
+
+
+def product_for_sums(left: Float[Tensor, "out in"], right: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
+    """Return `left right^T`, taken in float32, to be summed in float64.
+
+    Such a sum is exact to about 1e-6 of itself, unless a few directions of the input have nearly all the energy: with
+    activations 1,000 times the others, spread over many channels, to 2e-4.
+    """
+    return linear(left.float(), right.float())
+
+
+def _inner(one: Float[Tensor, "out in"], other: Float[Tensor, "out in"]) -> float:
+    return float((one * other).sum(dtype=torch.float64))
 
 
 def merge(first: Moments, second: Moments) -> Moments:

@@ -29,17 +29,15 @@ from torch import Tensor
 from bitmend.errors import RecipeError
 from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.column_sweep import Residual, round_columns
-from bitmend.linalg.moments import Moments
+from bitmend.linalg.moments import BLURRED, Moments, product_for_sums
 from bitmend.linalg.residual import causal_rows, target_shift
 from bitmend.numerics.granularity import PerTensor
 from bitmend.numerics.observers import choose_qparams, empty_groups, interpolate_qparams
-from bitmend.numerics.products import linear
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams
 
 Form = Literal["gptaq", "shift", "rescomp", "rescomp_first"]
 GridSource = Literal["auto", "original", "shifted"]
 RESCOMP_SECOND = 0.25
-BLURRED = 1e-4  # relative J below which products are taken in float64
 
 
 class StrengthSolver:
@@ -248,9 +246,4 @@ class StrengthMeter:
 
 
 def _product(left: Float[Tensor, "out in"], right: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
-    """Return `left right^T`, taken in float32, to be summed in float64.
-
-    J then is exact to about 1e-6 of itself, unless a few directions of the input have nearly all the energy: with
-    activations 1,000 times the others, spread over many channels, to 2e-4.
-    """
-    return linear(left.float(), right.float()).double()
+    return product_for_sums(left, right).double()

@@ -17,7 +17,7 @@ import torch
 
 from bitmend.errors import FactorizationError, NumericsError
 from bitmend.linalg.cholesky import InverseFactor
-from bitmend.linalg.moments import Moments, merge
+from bitmend.linalg.moments import Moments, OutputMeter, merge
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution, SolvedSite
 from bitmend.routing import ExpertTokens
@@ -122,12 +122,13 @@ class PerSite:
             return solution, report
         report.streams = 1 if rows.fit.D is None else 2
         report.chosen_on_held_out = own_choice and rows.held_out is not None
-        report.fit_error = relative_error(problem, candidate, rows.fit)
+        report.fit_error = OutputMeter(problem.weight, rows.fit).relative_error(candidate.dequantize())
         if rows.held_out is None:
             return solution, report
         base = Rtn().solve(problem)
-        report.held_out_error = relative_error(problem, candidate, rows.held_out)
-        report.base_held_out_error = relative_error(problem, base.qtensor, rows.held_out)
+        meter = OutputMeter(problem.weight, rows.held_out)
+        report.held_out_error = meter.relative_error(candidate.dequantize())
+        report.base_held_out_error = meter.relative_error(base.qtensor.dequantize())
         if not report.held_out_error <= report.base_held_out_error:  # NaN, too, is no proof
             return _dropped(solution, base, report)
         if rows.both is not None and self.solver.needs and not own_choice:
@@ -175,15 +176,6 @@ def finite_weight(site: LinearSite, block: Block) -> Any:
         count = int((~weight.isfinite()).sum())
         raise NumericsError(f"the weight of {site.name} must be finite, but {count} of its entries are NaN or Inf")
     return weight
-
-
-def relative_error(problem: Problem, qtensor: QTensor, moments: Moments) -> float:
-    """Return the layer's output error on `moments`, over the energy of its unrounded output on quantised inputs."""
-    energy = moments.output_energy(problem.weight)
-    error = moments.output_error(problem.weight, qtensor.dequantize())
-    if energy == 0:
-        return 0.0 if error == 0 else float("inf")
-    return error / energy
 
 
 def _scale_events(site: LinearSite, qtensor: QTensor) -> list[Event]:
