@@ -85,9 +85,21 @@ class Problem:
         # The weight is kept beside its answer, so that its id cannot become another's.
         key = (id(self.weight), self.spec)
         if key not in self._known:
-            self._known[key] = (self.weight, choose_qparams(self.weight, self.spec))
+            self.knowing(choose_qparams(self.weight, self.spec))
         chosen: QParams = self._known[key][1]
         return chosen
+
+    def knowing(self, qparams: QParams | None) -> "Problem":
+        """Take over scales that were searched for an equal weight and grid; None: none were. Returns itself."""
+        if qparams is not None:
+            self._known[id(self.weight), self.spec] = (self.weight, qparams)
+        return self
+
+    @property
+    def known_qparams(self) -> QParams | None:
+        """The scales, if they have been searched."""
+        known = self._known.get((id(self.weight), self.spec))
+        return None if known is None else known[1]
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,8 @@ class BlockStreams(Protocol):
     def moments(self, group_index: int, needs: frozenset[Need]) -> tuple[Moments, Moments | None]:
         """Return the moments of one group's input over the fit split and the held-out split.
 
-        Runs the quantised block as it stands, so groups solved before are seen quantised.
+        Runs the quantised block as it stands, so groups solved before are seen quantised. The caller may write to them,
+        unless the group belongs to an expert: several experts may share theirs.
         """
         ...
 

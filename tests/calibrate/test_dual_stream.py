@@ -43,9 +43,9 @@ def folder(tiny, tmp_path_factory):
     return save
 
 
-def opened(folder, batches, directory=None):
+def opened(folder, batches, directory=None, **options):
     adapter = HfCausalLm.open(folder)
-    return DualStream(adapter, batches, directory=directory, device=CPU)
+    return DualStream(adapter, batches, directory=directory, device=CPU, **options)
 
 
 def coarse(weight):
@@ -63,12 +63,6 @@ def run_block(streams, index, groups_to_round, keep_inputs=True):
         for site in block.groups[group].sites:
             site.store_(block.module, coarse(site.weight(block.module)))
     return run
-
-
-def finish(streams, run):
-    y_q = streams.run(run.block.index, streams.x_q)
-    run.close()
-    streams.advance(run.y_fp, y_q)
 
 
 def hooked_inputs(model, path, batches):
@@ -108,10 +102,7 @@ def test_streams_stay_equal_bit_for_bit_when_nothing_is_rounded(tiny, folder, ro
                         assert not moments.C.any()
                         assert not moments.D.any()
                         assert moments.G.any()
-                y_q = streams.run(index, streams.x_q)
-                assert streams.relative_error(run.y_fp, y_q) == 0
-                run.close()
-                streams.advance(run.y_fp, y_q)
+                assert run.finish_() == 0
                 streams.adapter.release_block(index)
             assert len(streams.x_fp) == len(BATCHES[rows])
             for one, other in zip(streams.x_fp, streams.x_q, strict=True):
@@ -122,7 +113,7 @@ def test_full_precision_stream_is_that_of_the_whole_model(tiny, folder):
     batches = BATCHES["ragged"]
     streams = opened(folder("llama"), batches)
     for index in range(2):
-        finish(streams, run_block(streams, index, [0, 1, 2, 3]))
+        run_block(streams, index, [0, 1, 2, 3]).finish_()
     model = tiny.build("llama")
     for (tokens, _), hidden, rounded in zip(batches, streams.x_fp, streams.x_q, strict=True):
         mask = None if tokens.mask is None else tokens.mask.long()
@@ -146,7 +137,7 @@ def test_moments_equal_those_of_hooked_inputs(tiny, folder, rows, family, layers
     batches = BATCHES[rows]
     streams = opened(folder(family), batches)
     run = run_block(streams, 0, [0, 1, 2, 3])
-    finish(streams, run)
+    run.finish_()
     run = run_block(streams, 1, [])
     original, rounded = tiny.build(family), tiny.build(family)
     for path in paths:
@@ -218,19 +209,41 @@ def test_padding_never_reaches_the_moments(folder):
 def test_relative_error_is_of_held_out_real_tokens(folder):
     batches = BATCHES["ragged"]
     streams = opened(folder("llama"), batches)
-    run = run_block(streams, 0, [0, 1, 2, 3])
-    y_q = streams.run(0, streams.x_q)
+    found = run_block(streams, 0, [0, 1, 2, 3]).finish_()
 
     def expected(positions):
-        full = torch.cat([real_tokens(run.y_fp[p], batches[p][0]) for p in positions]).double()
-        rounded = torch.cat([real_tokens(y_q[p], batches[p][0]) for p in positions]).double()
+        full = torch.cat([real_tokens(streams.x_fp[p], batches[p][0]) for p in positions]).double()
+        rounded = torch.cat([real_tokens(streams.x_q[p], batches[p][0]) for p in positions]).double()
         return float((full - rounded).square().mean() / full.square().mean())
 
-    found = streams.relative_error(run.y_fp, y_q)
     assert found == pytest.approx(expected([2]), rel=1e-9)
     assert abs(expected([0, 1]) / found - 1) > 1e-3  # the rows matter
     streams.batches = [dataclasses.replace(batch, held_out=False) for batch in streams.batches]
-    assert streams.relative_error(run.y_fp, y_q) == pytest.approx(expected([0, 1, 2]), rel=1e-9)
+    assert streams.relative_error() == pytest.approx(expected([0, 1, 2]), rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", list(BATCHES))
+def test_only_held_out_rows_need_the_full_precision_network(folder, rows):
+    batches = BATCHES[rows]
+    both = opened(folder("llama"), batches)
+    one = opened(folder("llama"), batches, full_precision_of_all=False)
+    for index in range(2):
+        errors = [run_block(streams, index, [0, 1], keep_inputs=False).finish_() for streams in (both, one)]
+        assert errors[0] == errors[1] > 0
+    held_out = [position for position, batch in enumerate(both.batches) if batch.held_out]
+    for position in range(len(batches)):
+        assert torch.equal(both.x_q[position], one.x_q[position])
+        if position in held_out or not held_out:
+            assert torch.equal(both.x_fp[position], one.x_fp[position])
+        else:
+            assert one.x_fp[position].numel() == 0
+
+
+def test_without_held_out_rows_all_of_them_are_judged(folder):
+    batches = [(tokens, False) for tokens, _ in BATCHES["ragged"]]
+    streams = opened(folder("llama"), batches, full_precision_of_all=False)
+    assert run_block(streams, 0, [0, 1], keep_inputs=False).finish_() > 0
+    assert all(hidden.numel() for hidden in streams.x_fp)
 
 
 # ------------------------------------------------------------------------------------------------ on disk
@@ -241,7 +254,7 @@ def test_on_disk_everything_is_the_same_and_nothing_is_left(folder, tmp_path):
         assert streams.x_fp.where == ("memory" if directory is None else "disk")
         run = run_block(streams, 0, [0, 1, 2])
         moments = run.moments(DOWN_PROJ, ALL)
-        finish(streams, run)
+        run.finish_()
         found = [getattr(one, name) for one in moments for name in "GCD"] + list(map(torch.clone, streams.x_q))
         results[directory] = found
         streams.close()
@@ -308,9 +321,8 @@ def whole_block(streams):
         found += [getattr(one, name) for one in run.moments(group, ALL) for name in "GCD"]
         for site in run.block.groups[group].sites:
             site.store_(run.block.module, coarse(site.weight(run.block.module)))
-    found += list(map(torch.clone, run.run_quantised()))
-    run.close()
-    return found
+    run.finish_()
+    return [*found, *map(torch.clone, streams.x_q)]
 
 
 class TwoAttentions(torch.nn.Module):

@@ -74,7 +74,7 @@ def test_the_closed_form_has_the_smallest_error_on_its_line():
     ]
     assert errors[1] < min(errors[0], errors[2])
     # The curvature of J / energy along the direction is its relative gain.
-    assert errors[0] - errors[1] == pytest.approx(0.01 * meter.relative_gain, rel=1e-6)
+    assert errors[0] - errors[1] == pytest.approx(0.01 * meter.relative_gain, rel=1e-5)  # products in float32
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,10 +12,9 @@ def assert_close(found, expected):
 
 @pytest.fixture(params=["onednn", "without"])
 def library(request, monkeypatch):
-    if request.param == "without":
-        monkeypatch.setattr(products, "_ONEDNN_LINEAR", None)
-    elif products._ONEDNN_LINEAR is None:
+    if request.param == "onednn" and products._ONEDNN_LINEAR is None:
         pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_slower", lambda: request.param == "without")
 
 
 @pytest.mark.usefixtures("library")
@@ -34,9 +33,53 @@ def test_linear_is_the_product_in_float32(shape, with_bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_are_left_to_torch(dtype):
+def test_other_types_are_left_to_torch(dtype, monkeypatch):
+    monkeypatch.setattr(products, "bfloat16_is_slower", lambda: False)
     x, weight = torch.randn(4, 8).to(dtype), torch.randn(3, 8).to(dtype)
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (3, 700), (1, 2, 3)])
+def test_widened_products_are_the_exact_ones_rounded_once(shape, with_bias, monkeypatch):
+    monkeypatch.setattr(products, "bfloat16_is_slower", lambda: True)
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, 300).bfloat16(), torch.randn(40, 300).bfloat16()
+    bias = torch.randn(40).bfloat16() if with_bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    found = linear(x, weight, bias)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == exact.shape
+    # Half a unit in the last place of each value, and what float32 sums leave.
+    slack = exact.abs() * 2**-8 + 1e-4
+    assert torch.all((found.double() - exact).abs() <= slack)
+
+
+@pytest.mark.parametrize(
+    ("units", "slow"),
+    [
+        ({"architecture": "x86_64", "cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, False),
+        ({"architecture": "x86_64", "cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "cpu_name": "AMD EPYC", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "cpu_name": "AMD EPYC"}, True),
+        ({"architecture": "aarch64", "cpu_name": "Neoverse"}, False),
+        ({}, False),
+    ],
+)
+def test_where_bfloat16_is_widened(units, slow, monkeypatch):
+    monkeypatch.setattr(products, "_capabilities", lambda: units)
+    products.bfloat16_is_slower.cache_clear()
+    try:
+        assert products.bfloat16_is_slower() is slow
+    finally:
+        products.bfloat16_is_slower.cache_clear()
+
+
+def test_the_kind_of_products_is_told(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_slower", lambda: False)
+    monkeypatch.setattr(products, "bfloat16_is_slower", lambda: True)
+    assert products.kind() == "float32 by oneDNN, bfloat16 widened"
 
 
 def test_gradients_are_not_lost():
@@ -72,6 +115,7 @@ def test_unusual_arguments_are_left_to_torch():
 def test_parts_of_other_tensors_are_copied_first(monkeypatch):
     """oneDNN multiplies them by a reference loop, a thousand times slower; the answer is right either way."""
     original, seen = products._ONEDNN_LINEAR, []
+    monkeypatch.setattr(products, "onednn_is_slower", lambda: False)
 
     def spy(inputs, weight, *rest):
         seen.append(inputs.is_contiguous() and weight.is_contiguous())

@@ -28,6 +28,10 @@ def moments_of(x):
     return sums.means()
 
 
+def copied(moments):
+    return replace(moments, G=moments.G.clone(), _known={})
+
+
 @dataclass
 class Rows:
     """Stands for the calibration data at a block."""
@@ -37,7 +41,8 @@ class Rows:
 
     def moments(self, group_index, needs):
         self.asked = (group_index, needs)
-        return self.fit, self.held_out
+        # Copies, as from the streams: whoever asks may write to them.
+        return copied(self.fit), None if self.held_out is None else copied(self.held_out)
 
     def expert_tokens(self, group_index):
         return None

@@ -527,7 +527,7 @@ def test_a_model_of_somebody_else_is_neither_gone_on_with_nor_replaced(run_tiny,
 def test_a_machine_that_computes_otherwise_is_found_out(run_tiny, stopped, tmp_path, monkeypatch):
     """The fingerprint is equal, but a finished block run again does not give the error that it had."""
     stopped(9)
-    monkeypatch.setattr("bitmend.calibrate.dual_stream.DualStream.relative_error", lambda self, y_fp, y_q: 0.25)
+    monkeypatch.setattr("bitmend.calibrate.dual_stream.DualStream.relative_error", lambda self: 0.25)
     with pytest.raises(
         ResumeError, match=r"model\.layers\.0 was finished with a relative error of .* but run again it has 0\.25"
     ):

@@ -374,7 +374,7 @@ def test_a_failed_run_keeps_only_what_may_be_gone_on_with(run_tiny, tmp_path, ad
         assert left == {"out", "out.partial", "new.partial"}
         assert {path.name for path in (tmp_path / "new.partial").iterdir()} == {"journal", "parts"}
         assert caught.value.__notes__ == [
-            f"1 finished blocks and 5 finished matrices of the next one are kept in {tmp_path / 'new.partial'}; "
+            f"1 finished blocks and 4 finished matrices of the next one are kept in {tmp_path / 'new.partial'}; "
             "the same command with --resume goes on"
         ]
     assert snapshot(tmp_path / "out") == before

@@ -74,7 +74,7 @@ def compare(model, rows, peer, bits, group_size):
                 ratio = moments.output_error(weight, solved.dequantize()) / moments.output_error(weight, theirs)
                 found.append((site.name, equal, ratio, codes.numel()))
                 site.store_(block.module, theirs)
-        streams.advance(run.y_fp, streams.run(index, streams.x_q))
+        run.finish_()
         adapter.release_block(index)
     return found
 

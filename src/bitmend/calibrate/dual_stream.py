@@ -7,6 +7,9 @@ batch. Only attention is not computed again: its result is kept for as long as i
 full-precision stream the inputs are stored, because the full-precision weights are gone once a group is solved. Experts, of
 which there may be hundreds, share one run of the block (`experts.py`).
 
+A block's outputs take the place of its inputs batch by batch. Where nothing is fitted against the full-precision network,
+only the held-out rows travel through it: they are what the error after each block is measured on.
+
 Both streams run the same kernels on the same batch shapes, so that without any rounding they stay equal bit for bit.
 """
 
@@ -62,6 +65,7 @@ class DualStream:
         *,
         directory: Path | None = None,
         device: torch.device,
+        full_precision_of_all: bool = True,
     ) -> None:
         """Embed all rows.
 
@@ -70,16 +74,20 @@ class DualStream:
             batches: rows, and whether they are held out; a batch never mixes both.
             directory: where activations are kept on disk; None keeps them in memory.
             device: where blocks run.
+            full_precision_of_all: take all rows through the full-precision network, else only those that are held out (all
+                where none are).
         """
         self.adapter = adapter
         self.device = device
         self._directory = directory
         self.batches: list[StreamedBatch] = []
+        judged_only = not full_precision_of_all and any(held_out for _, held_out in batches)
+        self._in_full_precision = [held_out or not judged_only for _, held_out in batches]
         self.x_fp, self.x_q = self.new_store(), self.new_store()
         shared: dict[tuple[int, ...], BlockInputs] = {}
         for tokens, held_out in batches:
             inputs = adapter.block_inputs(tokens)
-            self.x_fp.append(inputs.hidden)
+            self.x_fp.append(inputs.hidden if self._in_full_precision[len(self.batches)] else inputs.hidden[:0])
             self.x_q.append(inputs.hidden)
             light = BlockInputs(inputs.hidden[:0], inputs.arguments)
             if tokens.mask is None:  # positions and masks of full rows depend on the shape alone: keep them once
@@ -95,44 +103,48 @@ class DualStream:
         """Return an empty store, in memory or on disk as the streams are."""
         return ActivationStore(self._directory)
 
-    def run(
+    def run_full_precision_(self, index: int) -> None:
+        """Take the full-precision stream through the loaded block `index`: x_fp is its output from here on."""
+        self._run_(index, self.x_fp, [position for position, runs in enumerate(self._in_full_precision) if runs])
+
+    def run_quantised_(
         self,
         index: int,
-        inputs: ActivationStore,
         kept: Callable[[int], AbstractContextManager[None]] = lambda position: nullcontext(),
-    ) -> ActivationStore:
-        """Run the loaded block `index` on every batch of `inputs` and return its outputs.
+    ) -> None:
+        """Take the quantised stream through the loaded block `index`: x_q is its output from here on.
 
         Args:
             index: of the block.
-            inputs: one tensor a batch.
             kept: makes the context in which a batch runs, given its number.
         """
-        outputs = self.new_store()
-        for position, batch in enumerate(self.batches):
-            with kept(position):
-                outputs.append(self.adapter.run_block(index, inputs[position].to(self.device), batch.inputs))
-        return outputs
+        self._run_(index, self.x_q, range(len(self.batches)), kept)
 
-    def advance(self, y_fp: ActivationStore, y_q: ActivationStore) -> None:
-        """Make the outputs of this block the inputs of the next one."""
-        self.x_fp.close()
-        self.x_q.close()
-        self.x_fp, self.x_q = y_fp, y_q
+    def _run_(
+        self,
+        index: int,
+        stream: ActivationStore,
+        positions: Sequence[int],
+        kept: Callable[[int], AbstractContextManager[None]] = lambda position: nullcontext(),
+    ) -> None:
+        for position in positions:
+            with kept(position):
+                hidden = stream[position].to(self.device)
+                stream.replace_(position, self.adapter.run_block(index, hidden, self.batches[position].inputs))
 
     def close(self) -> None:
         """Free everything."""
         self.x_fp.close()
         self.x_q.close()
 
-    def relative_error(self, y_fp: ActivationStore, y_q: ActivationStore) -> float:
-        """Return mean (y_fp - y_q)^2 / mean y_fp^2 over real tokens, of the held-out rows if there are any."""
+    def relative_error(self) -> float:
+        """Return mean (x_fp - x_q)^2 / mean x_fp^2 over real tokens, of the held-out rows if there are any."""
         error = energy = 0.0
         for position, batch in enumerate(self.batches):
             if self.has_held_out and not batch.held_out:
                 continue
-            full = real_tokens(y_fp[position], batch.tokens).double()
-            error += float((full - real_tokens(y_q[position], batch.tokens).double()).square().sum())
+            full = real_tokens(self.x_fp[position], batch.tokens).double()
+            error += float((full - real_tokens(self.x_q[position], batch.tokens).double()).square().sum())
             energy += float(full.square().sum())
         return error / energy if energy else 0.0
 
@@ -146,8 +158,7 @@ def real_tokens(values: Tensor, tokens: TokenBatch) -> Tensor:
 class BlockRun:
     """Both streams inside one block; gives a solver the moments it asks for.
 
-    Attributes:
-        y_fp: output of the block in the full-precision network.
+    From the start the full-precision stream stands behind the block, the quantised stream before it until `finish_`.
     """
 
     def __init__(
@@ -178,14 +189,16 @@ class BlockRun:
             for path, store in (stores | self._experts.fp_hidden).items()
         ]
         try:
-            self.y_fp = streams.run(block.index, streams.x_fp)
+            streams.run_full_precision_(block.index)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def run_quantised(self) -> ActivationStore:
-        """Return the output of the block as it now stands in the quantised network."""
-        return self.streams.run(self.block.index, self.streams.x_q, self._attention.of_batch)
+    def finish_(self) -> float:
+        """Take the quantised stream through the block as it now stands; return its error, as `DualStream.relative_error`."""
+        self.streams.run_quantised_(self.block.index, self._attention.of_batch)
+        self.close()
+        return self.streams.relative_error()
 
     def close(self) -> None:
         """Free the stored inputs."""

@@ -13,7 +13,7 @@ Products are taken in float32 a chunk of tokens at a time, sums are kept in floa
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -135,16 +135,22 @@ def _inner(one: Float[Tensor, "out in"], other: Float[Tensor, "out in"]) -> floa
 
 def merge(first: Moments, second: Moments) -> Moments:
     """Return the moments over the tokens of both."""
+    return merge_(*(replace(one, G=one.G.clone(), C=_copy(one.C), D=_copy(one.D)) for one in (first, second)))
+
+
+def merge_(first: Moments, second: Moments) -> Moments:
+    """Return the moments over the tokens of both, in the memory of `first`; neither can be used afterwards."""
     total = first.num_tokens + second.num_tokens
     a, b = first.num_tokens / total, second.num_tokens / total
 
     def mix(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        return None if one is None or other is None else weighted(one, other)
+        return None if one is None or other is None else one.mul_(a).add_(other.mul_(b))
 
-    def weighted(one: Tensor, other: Tensor) -> Tensor:
-        return (a * one).add_(b * other)
+    return Moments(first.G.mul_(a).add_(second.G.mul_(b)), mix(first.C, second.C), mix(first.D, second.D), total)
 
-    return Moments(weighted(first.G, second.G), mix(first.C, second.C), mix(first.D, second.D), total)
+
+def _copy(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.clone()
 
 
 class MomentSums:

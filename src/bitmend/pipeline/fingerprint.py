@@ -15,6 +15,7 @@ import torch
 from bitmend.calibrate.data import CalibrationSet
 from bitmend.formats.writer import INDEX_FILE, companions
 from bitmend.models.fingerprint import model_fingerprint
+from bitmend.numerics import products
 from bitmend.pipeline.recipe import Recipe
 
 # In the words of the sentence that says what differs, in this order.
@@ -80,7 +81,7 @@ def _model(folder: Path) -> str:
 def _device_kind(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}, products in {products.kind()}"
 
 
 def _sha256(values: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ the recipe says; either is an event.
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 
 from bitmend.errors import FactorizationError, NumericsError
 from bitmend.linalg.cholesky import InverseFactor
-from bitmend.linalg.moments import Moments, OutputMeter, merge
-from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.linalg.moments import Moments, OutputMeter, merge, merge_
+from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution, SolvedSite
 from bitmend.routing import ExpertTokens
 from bitmend.sites import Block, LinearSite, SiteGroup
@@ -59,38 +60,71 @@ class PerSite:
         """
         for index, group in enumerate(block.groups):
             sites = [site for site in group.sites if site.name in schemes]
-            if not sites:
-                continue
-            rows: _Rows | None = None
+            solved = {site.name: known[site.name] for site in sites if known and site.name in known}
             factors = _Factors()
+            for one in solved.values():
+                factors = factors | _Factors.from_json(one.carried)
+            candidates: dict[str, _Candidate] = {}
+            rows = None
+            if len(solved) < len(sites):
+                rows = self._measure(index, group, streams)
+                for site in sites:
+                    if site.name not in solved:
+                        candidates[site.name] = self._candidate(site, block, schemes[site.name], rows)
+                factors = factors.with_those_of(rows)
+                # Only now that all candidates have been judged: the moments of all rows take the place of the others.
+                rows = rows.joined_(shared=group.expert is not None)
             for site in sites:
-                solved = (known or {}).get(site.name)
-                if solved is not None:
-                    factors = _Factors.from_json(solved.carried)
-                    yield solved
+                if site.name in solved:
+                    yield solved[site.name]
                     continue
-                rows = rows or self._measure(index, group, streams)
-                # Under no name of its own, else it would keep the group's moments while those of the next are measured.
-                solution, report = self._solve_timed(
-                    Problem(site, finite_weight(site, block), schemes[site.name], rows.fit), rows
-                )
+                assert rows is not None
+                solution, report = self._refitted(candidates.pop(site.name), block, rows)
                 factors = factors.with_those_of(rows)
                 events = [*solution.events, *_scale_events(site, solution.qtensor), *self._rare_events(site, rows.sent)]
                 if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed
                     events += _factor_events(site, factors)
                 yield SolvedSite(site, replace(solution, events=tuple(events)), report, factors.to_json())
 
-    def _solve_timed(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
+    def _candidate(self, site: LinearSite, block: Block, spec: QuantSpec, rows: "_Rows") -> "_Candidate":
+        """Solve a site on the fit rows and judge it on the others."""
         started = time.perf_counter()
-        try:
+        # Under no name that outlives this call: it holds the moments of the fit rows.
+        problem = Problem(site, finite_weight(site, block), spec, rows.fit)
+        with self._named(site):
             solution, report = self._rounded(problem) if rows.too_few else self._solve_site(problem, rows)
-        except FactorizationError as error:
-            raise FactorizationError(f"solver {self.name} at {problem.site.name}: {error}") from error
         if rows.sent is not None:
             report.diagnostics["expert_tokens_fit"] = rows.sent.fit
             report.diagnostics["expert_tokens_held_out"] = rows.sent.held_out
         report.seconds = time.perf_counter() - started
-        return solution, report
+        return _Candidate(site, spec, solution, report, problem.known_qparams)
+
+    def _refitted(self, candidate: "_Candidate", block: Block, rows: "_Rows") -> tuple[Solution, SiteReport]:
+        """Fit an accepted candidate again on all rows; other candidates, and those of a solver that does so itself, stay."""
+        solution, report = candidate.solution, candidate.report
+        if rows.both is None or self._chooses or not report.accepted or rows.too_few or not self.solver.needs:
+            return solution, report
+        started = time.perf_counter()
+        weight = finite_weight(candidate.site, block)
+        with self._named(candidate.site):
+            problem = Problem(candidate.site, weight, candidate.spec, rows.both).knowing(candidate.qparams)
+            refitted = self.solver.solve(problem)
+        report.diagnostics = {**dict(refitted.diagnostics), **_expert_counts(report)}
+        report.refitted = True
+        report.seconds += time.perf_counter() - started
+        return replace(refitted, proved=solution.qtensor), report
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether the solver makes choices of its own on held-out rows; it is then given all moments and refits itself."""
+        return Need.HELD_OUT in self.solver.needs
+
+    @contextmanager
+    def _named(self, site: LinearSite) -> Iterator[None]:
+        try:
+            yield
+        except FactorizationError as error:
+            raise FactorizationError(f"solver {self.name} at {site.name}: {error}") from error
 
     @staticmethod
     def _rounded(problem: Problem) -> tuple[Solution, SiteReport]:
@@ -107,12 +141,12 @@ class PerSite:
         if sent is not None and sent.treatment == "rtn":
             return _Rows(None, None, None, sent)
         fit, held_out = streams.moments(group_index, needs)
-        both = merge(fit, held_out) if held_out is not None and self.refit else None
-        return _Rows(fit, held_out, both, sent)
+        # A solver that makes its own choices reads all three at once; for others the third comes when the first is done with.
+        both = merge(fit, held_out) if held_out is not None and self.refit and self._chooses else None
+        return _Rows(fit, held_out, both, sent, self.refit)
 
     def _solve_site(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
-        own_choice = Need.HELD_OUT in self.solver.needs
-        if own_choice:
+        if self._chooses:
             problem = replace(problem, held_out=rows.held_out, everything=rows.both)
         solution = self.solver.solve(problem)
         candidate = solution.proved or solution.qtensor
@@ -121,7 +155,7 @@ class PerSite:
         if rows.fit is None:
             return solution, report
         report.streams = 1 if rows.fit.D is None else 2
-        report.chosen_on_held_out = own_choice and rows.held_out is not None
+        report.chosen_on_held_out = self._chooses and rows.held_out is not None
         report.fit_error = OutputMeter(problem.weight, rows.fit).relative_error(candidate.dequantize())
         if rows.held_out is None:
             return solution, report
@@ -131,11 +165,6 @@ class PerSite:
         report.base_held_out_error = meter.relative_error(base.qtensor.dequantize())
         if not report.held_out_error <= report.base_held_out_error:  # NaN, too, is no proof
             return _dropped(solution, base, report)
-        if rows.both is not None and self.solver.needs and not own_choice:
-            refitted = self.solver.solve(replace(problem, fit=rows.both))
-            report.diagnostics = dict(refitted.diagnostics)
-            report.refitted = True
-            return replace(refitted, proved=solution.qtensor), report
         return solution, report
 
     def _rare_events(self, site: LinearSite, sent: ExpertTokens | None) -> list[Event]:
@@ -158,6 +187,14 @@ class _Rows:
     held_out: Moments | None
     both: Moments | None
     sent: ExpertTokens | None = None  # of a group that belongs to an expert
+    refit: bool = False
+
+    def joined_(self, *, shared: bool) -> "_Rows":
+        """Return what refitting needs, and let the moments of the splits go; `shared` ones of experts stay as they are."""
+        if self.both is not None or not self.refit or self.fit is None or self.held_out is None:
+            return _Rows(None, None, self.both, self.sent)
+        join = merge if shared else merge_
+        return _Rows(None, None, join(self.fit, self.held_out), self.sent)
 
     @property
     def too_few(self) -> bool:
@@ -200,6 +237,21 @@ def _dropped(solution: Solution, base: Solution, report: SiteReport) -> tuple[So
     return replace(base, events=(*solution.events, event)), report
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A site solved on the fit rows and judged; its scales, where they were searched on the weight alone."""
+
+    site: LinearSite
+    spec: QuantSpec
+    solution: Solution
+    report: SiteReport
+    qparams: QParams | None
+
+
+def _expert_counts(report: SiteReport) -> dict[str, Any]:
+    return {key: value for key, value in report.diagnostics.items() if key.startswith("expert_tokens_")}
+
+
 _Facts = tuple[float, float, int]  # of a factor: the damping that was requested, that was needed, dead columns
 
 
@@ -218,6 +270,9 @@ class _Factors:
     def with_those_of(self, rows: _Rows) -> "_Factors":
         """Return also the factors that have been computed of some moments."""
         return _Factors(_joined(self.fit, rows.fit), _joined(self.both, rows.both))
+
+    def __or__(self, other: "_Factors") -> "_Factors":
+        return _Factors(tuple(dict.fromkeys([*self.fit, *other.fit])), tuple(dict.fromkeys([*self.both, *other.both])))
 
     @property
     def stored(self) -> tuple[_Facts, ...]:

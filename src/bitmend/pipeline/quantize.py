@@ -54,10 +54,10 @@ def quantise_blocks(
         CalibrationError: an expert that too few tokens reach, where that is to be refused.
         ResumeError: finished blocks do not compute what they computed when they were written.
 
-    Cost: per block one full-precision forward, one partial quantised forward for each group of sites (one for all experts
-    of a layer), one quantised forward, and the solver; before it all one full-precision forward where rare experts are to be
-    refused. For each block that the journal holds one full-precision and one quantised forward, unless
-    there are no rows or no block is left.
+    Cost: per block one full-precision forward (of the held-out rows, if nothing is fitted against it), one partial
+    quantised forward for each group of sites (one for all experts of a layer), one quantised forward, and the solver; before
+    it all one full-precision forward where rare experts are to be refused. For each block that the journal holds one
+    full-precision and one quantised forward, unless there are no rows or no block is left.
     """
     loop = _Loop(adapter, recipe, report, device, journal)
     names = adapter.block_names
@@ -79,7 +79,9 @@ def quantise_blocks(
     streams = None
     if batches:
         with loop.timed("embed"):
-            streams = DualStream(adapter, batches, directory=directory, device=device)
+            streams = DualStream(
+                adapter, batches, directory=directory, device=device, full_precision_of_all=loop.keep_inputs
+            )
     try:
         if journal is not None and streams is not None and first:
             for index in progress.track(range(first), "running finished blocks again", first):
@@ -122,14 +124,11 @@ class _Loop:
         return_free_memory()
         if streams is not None and run is not None:
             with self.timed("forward"):
-                y_q = run.run_quantised()
-                report.relative_error = streams.relative_error(run.y_fp, y_q)
+                report.relative_error = run.finish_()
             if not math.isfinite(report.relative_error):
                 raise NumericsError(
                     f"the output of {block.name} must be finite, but holds NaN or Inf; nothing was saved"
                 )
-            run.close()
-            streams.advance(run.y_fp, y_q)
         report.seconds = time.perf_counter() - started
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
         self.report.events += events
@@ -151,16 +150,13 @@ class _Loop:
             for site in block.sites:
                 if site.name in finished.sites:
                     site.store_(block.module, finished.sites[site.name].dequantize(self.adapter.dtype))
-            y_q = run.run_quantised()
-            error = streams.relative_error(run.y_fp, y_q)
+            error = run.finish_()
         if error != finished.report.relative_error:
             raise ResumeError(
                 f"{block.name} was finished with a relative error of {finished.report.relative_error!r}, but run again it "
                 f"has {error!r}: this machine computes otherwise than the one that it was finished on, so that the rest "
                 "would not fit; go on there, or pass --overwrite to start again"
             )
-        run.close()
-        streams.advance(run.y_fp, y_q)
 
     def _open(self, index: int, streams: DualStream | None) -> tuple[Block, list[Event]]:
         """Load a block and apply the transforms."""

@@ -69,9 +69,7 @@ def _count(streams: DualStream, block: Block, rare: RareExperts, is_quantised: C
         for path, layer in layers.items():
             hook = _counter(layer, streams)
             hooks.callback(block.module.get_submodule(path).register_forward_pre_hook(hook).remove)
-        outputs = streams.run(block.index, streams.x_fp)
-    streams.x_fp.close()
-    streams.x_fp = outputs
+        streams.run_full_precision_(block.index)
     for group, expert in wanted:
         found = layers[expert.experts].tokens(expert.number, group.sites[0].shape[1], rare)
         if found.treatment != "own":
