@@ -13,7 +13,7 @@ Products are taken in float32 a chunk of tokens at a time, sums are kept in floa
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -135,22 +135,22 @@ def _inner(one: Float[Tensor, "out in"], other: Float[Tensor, "out in"]) -> floa
 
 def merge(first: Moments, second: Moments) -> Moments:
     """Return the moments over the tokens of both."""
-    return merge_(*(replace(one, G=one.G.clone(), C=_copy(one.C), D=_copy(one.D)) for one in (first, second)))
+    return _mix(first, second, lambda one, a, other, b: (a * one).add_(b * other))
 
 
 def merge_(first: Moments, second: Moments) -> Moments:
     """Return the moments over the tokens of both, in the memory of `first`; neither can be used afterwards."""
+    return _mix(first, second, lambda one, a, other, b: one.mul_(a).add_(other.mul_(b)))
+
+
+def _mix(first: Moments, second: Moments, add: Callable[[Tensor, float, Tensor, float], Tensor]) -> Moments:
     total = first.num_tokens + second.num_tokens
     a, b = first.num_tokens / total, second.num_tokens / total
 
-    def mix(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        return None if one is None or other is None else one.mul_(a).add_(other.mul_(b))
+    def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        return None if one is None or other is None else add(one, a, other, b)
 
-    return Moments(first.G.mul_(a).add_(second.G.mul_(b)), mix(first.C, second.C), mix(first.D, second.D), total)
-
-
-def _copy(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.clone()
+    return Moments(add(first.G, a, second.G, b), both(first.C, second.C), both(first.D, second.D), total)
 
 
 class MomentSums:

@@ -15,6 +15,7 @@ from bitmend.calibrate.forward_cost import ForwardCost
 from bitmend.linalg.moments import CHUNK_TOKENS
 from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.observers import CHUNK_ENTRIES
+from bitmend.numerics.products import WIDENED_ROWS
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.runtime.packed import packed_shapes
 
@@ -26,10 +27,11 @@ KEPT_ALWAYS, KEPT_WEIGHTS, KEPT_FORWARDS = 24 * 2**20, 3, 2
 LARGEST_KEPT = 32 * 2**20
 # Scale search (`numerics/observers.py`): about eight float32 arrays of a chunk at once.
 SEARCH_ARRAYS = 8
-# float64 squares that a factorisation or a product of residual rows holds beside its result (`linalg/cholesky.py`).
-FACTOR_SQUARES = 4
-# float64 matrices of the size of the weight in the proof: W, Q - W, its product with G or C, and that times Q - W.
-PROOF_MATRICES = 4
+# float64 squares that a factorisation holds beside its result (`linalg/cholesky.py`).
+FACTOR_SQUARES = 1
+# Matrices of the size of the weight in the proof: Q, Q - W, its product with G, and that times Q - W; W C with two streams.
+# In float64 where errors are so small that float32 would blur them: not below this width of a code.
+PROOF_MATRICES, PROOF_IN_DOUBLE = 4, 6
 # float32 copies in a sweep: the stacked target, its columns, their errors, their levels.
 SWEEP_MATRICES = 4
 OPENING = "opening"
@@ -128,6 +130,7 @@ class Facts:
         keep_inputs: the inputs of all groups in the full-precision network are stored.
         on_disk: activations are kept on disk.
         on_device: blocks run on a device with memory of its own.
+        widened: products of the layers are taken in float32 (`numerics/products.py`).
         held_bytes: what the process held above its baseline when the forecast was made, tensors outside the blocks apart.
         opening_bytes: the most that it had held above its baseline until then: a tokenizer at work on the calibration texts
             may take more than all that follows. 0 where it is not known.
@@ -147,6 +150,7 @@ class Facts:
     keep_inputs: bool
     on_disk: bool = False
     on_device: bool = False
+    widened: bool = False
     held_bytes: int = 0
     opening_bytes: int = 0
 
@@ -169,6 +173,16 @@ class Facts:
     def num_blocks(self) -> int:
         """How many blocks."""
         return sum(block.count for block in self.blocks)
+
+    def runs_in_full_precision(self, batch: BatchShape) -> bool:
+        """Whether a batch travels through the full-precision network."""
+        return self.keep_inputs or batch.held_out or not self.has_held_out
+
+    @property
+    def full_precision_share(self) -> float:
+        """The share of all tokens that travel through the full-precision network."""
+        run = sum(batch.tokens for batch in self.batches if self.runs_in_full_precision(batch))
+        return run / max(1, self.tokens)
 
     @property
     def stream_bytes(self) -> int:
@@ -279,13 +293,24 @@ def _argument_bytes(facts: Facts) -> float:
 def _work_bytes(facts: Facts, block: BlockShape) -> float:
     if block.forward is None or not facts.batches:
         return 0.0
-    return max(block.forward.work_bytes(batch.rows, batch.length) for batch in facts.batches)
+    work = max(block.forward.work_bytes(batch.rows, batch.length) for batch in facts.batches)
+    return work + (_widened_bytes(facts, block) if facts.widened else 0)
+
+
+def _widened_bytes(facts: Facts, block: BlockShape) -> int:
+    """Weight, inputs and outputs of one product in float32."""
+    rows = min(WIDENED_ROWS, max(batch.tokens for batch in facts.batches))
+    sites = [site for group in block.groups for site in group]
+    return max((SINGLE * (site.entries + rows * (site.width + site.out)) for site in sites), default=0)
 
 
 # ---------------------------------------------------------------------------------------------- what is stored of streams
-def _stores(facts: Facts, block: BlockShape, *, outputs: int, inputs: bool, attention: bool) -> dict[str, float]:
-    """Activations at one stage: x_fp and x_q, so many outputs of the block, group inputs, results of attention."""
-    streams = {"x_fp, x_q": 2.0 * facts.stream_bytes, "block outputs": float(outputs * facts.stream_bytes)}
+def _stores(facts: Facts, block: BlockShape, *, inputs: bool, attention: bool) -> dict[str, float]:
+    """Activations at one stage: both streams, the output that is to take a batch's place, group inputs, attention."""
+    streams = {"x_fp, x_q": (1 + facts.full_precision_share) * facts.stream_bytes}
+    streams["output of a batch"] = float(
+        max((b.tokens for b in facts.batches), default=0) * facts.hidden * facts.dtype_bytes
+    )
     if inputs and facts.keep_inputs:
         widths = sum(group[0].width for group in block.groups)
         streams["group inputs"] = float(facts.tokens * widths * facts.dtype_bytes)
@@ -302,10 +327,10 @@ def _placed(facts: Facts, stage: Stage, stores: dict[str, float]) -> Stage:
 
 # ---------------------------------------------------------------------------------------------- the stages of one block
 def _full_precision_pass(facts: Facts, block: BlockShape) -> Stage:
-    """`BlockRun.__init__`: y_fp and the group inputs grow while the block runs batch by batch."""
+    """`BlockRun.__init__`: the group inputs grow while the block runs batch by batch."""
     on_device = {"block weights": float(block.weight_bytes), "forward of a batch": _work_bytes(facts, block)}
     stage = _stage(facts, "full-precision forward", on_device, {})
-    return _placed(facts, stage, _stores(facts, block, outputs=1, inputs=True, attention=False))
+    return _placed(facts, stage, _stores(facts, block, inputs=True, attention=False))
 
 
 def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
@@ -320,21 +345,26 @@ def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
         sites = list(block.sites)  # nothing is shared by a group then
     earlier = float(sum(site.entries for each in block.groups[:position] for site in each if site.spec is not None))
     shared = {"block weights": float(block.weight_bytes), "codes of solved sites": earlier}
-    stores = _stores(facts, block, outputs=1, inputs=True, attention=True) if facts.batches else {}
+    stores = _stores(facts, block, inputs=True, attention=True) if facts.batches else {}
     square = float(DOUBLE * group[0].width ** 2)
     if facts.batches and facts.moments:
         work = {"forward of a batch": _work_bytes(facts, block), **_summing(facts, group[0].width)}
         yield _placed(facts, _stage(facts, "moments of a group", shared | work, {}), stores)
         shared = shared | {"moments": _moment_sets(facts) * facts.moments * square}
-        solving = {"factorisation": (facts.cost.squares * (1 + facts.refits) + FACTOR_SQUARES) * square}
+        solving = {"factorisation": (facts.cost.squares * _factors_at_once(facts) + FACTOR_SQUARES) * square}
         yield _placed(facts, _stage(facts, "factorisation", shared | solving, {}), stores)
     site = max(sites, key=lambda one: one.entries)
+    shared = shared | {"codes of candidates": float(sum(one.entries for one in sites))}
     yield _placed(facts, _stage(facts, "solving a site", shared | _solving(facts, site, square), {}), stores)
 
 
 def _moment_sets(facts: Facts) -> int:
-    """Of the fit rows and of the held-out rows (sums are there, if empty), and of both where candidates are refitted."""
-    return 3 if facts.refits else 2
+    """Of the fit rows and of the held-out rows (there, if empty), and of both for a solver that reads all at once."""
+    return 3 if facts.refits and facts.own_choice else 2
+
+
+def _factors_at_once(facts: Facts) -> int:
+    return 2 if facts.refits and facts.own_choice else 1
 
 
 def _summing(facts: Facts, width: int) -> dict[str, float]:
@@ -344,33 +374,42 @@ def _summing(facts: Facts, width: int) -> dict[str, float]:
     sums = 2 * facts.moments * square
     adding = chunk * (3 if facts.moments > 1 else 2) + SINGLE * width**2
     # The means take the place of the sums; beside them the merged ones, and one product at a time.
-    merging = (facts.moments + 1) * square if facts.refits else square * (1 + 2 / DOUBLE)
+    joins = facts.refits and facts.own_choice
+    merging = (facts.moments + 1) * square if joins else square * (1 + 2 / DOUBLE)
     return {"sums of moments": float(sums), "adding to them": float(max(adding, merging))}
 
 
 def _solving(facts: Facts, site: SiteShape, square: float) -> dict[str, float]:
     """One site: what the group shares, the weight in float32, then the sweep or the proof, whichever takes more."""
     cost, entries = facts.cost, site.entries
-    kept = cost.squares * square * (1 + facts.refits)
+    kept = cost.squares * square * _factors_at_once(facts)
     swept = entries * cost.stacked
     if cost.stacked_entries is not None:
         swept = min(swept, max(cost.stacked_entries, site.width * cost.stacked))
     # U and each P in float32 beside the copies of the matrix.
     sweep = SWEEP_MATRICES * SINGLE * swept + (SINGLE / DOUBLE) * square * (1 + cost.residual_terms) * (swept > 0)
-    proof = PROOF_MATRICES * DOUBLE * entries if facts.batches and facts.moments else 0
+    proof = _proving(facts, site, square) if facts.batches and facts.moments else 0
     solver = cost.double_matrices * DOUBLE * entries + sweep
     # `finite_weight` and `choose_qparams` before all: magnitudes and marks of the whole weight, then arrays of a chunk.
     search = max((SINGLE + 2) * entries, SEARCH_ARRAYS * SINGLE * min(CHUNK_ENTRIES, entries))
     return {
         "factors": kept,
         "weight in float32": float(SINGLE * entries),
-        "codes": float(2 * entries),
+        "codes": float(entries),
         "solver or proof": float(max(solver, proof, search)),
     }
 
 
+def _proving(facts: Facts, site: SiteShape, square: float) -> float:
+    """`OutputMeter`: in float32, with G in float32; where codes are wide, once more in float64."""
+    pull = SINGLE * site.entries * (facts.moments > 1)
+    single = PROOF_MATRICES * SINGLE * site.entries + square * SINGLE / DOUBLE
+    in_double = site.spec is not None and site.spec.grid.bits >= PROOF_IN_DOUBLE
+    return pull + (PROOF_MATRICES * DOUBLE * site.entries if in_double else single)
+
+
 def _quantised_pass(facts: Facts, block: BlockShape, written: float) -> Stage:
-    """`BlockRun.run_quantised`: everything of the block is there, and y_q grows."""
+    """`BlockRun.finish_`: everything of the block is there."""
     on_device = {
         "block weights": float(block.weight_bytes),
         "codes of solved sites": float(sum(site.entries for site in block.sites)),
@@ -379,7 +418,7 @@ def _quantised_pass(facts: Facts, block: BlockShape, written: float) -> Stage:
     stage = _stage(facts, "quantised forward", on_device, {})
     stage.disk["finished blocks"] = written - block.written_bytes
     stage.disk["solved sites"] = float(sum(site.packed_bytes for site in block.sites))
-    return _placed(facts, stage, _stores(facts, block, outputs=2, inputs=True, attention=True))
+    return _placed(facts, stage, _stores(facts, block, inputs=True, attention=True))
 
 
 def _writing_block(facts: Facts, block: BlockShape, written: float) -> Stage:
@@ -392,7 +431,7 @@ def _writing_block(facts: Facts, block: BlockShape, written: float) -> Stage:
     stage = _stage(facts, "writing a block", on_device, {})
     stage.disk["finished blocks"] = written
     stage.disk["solved sites"] = float(sum(site.packed_bytes for site in block.sites))
-    return _placed(facts, stage, _stores(facts, block, outputs=0, inputs=False, attention=False))
+    return _placed(facts, stage, _stores(facts, block, inputs=False, attention=False))
 
 
 # ---------------------------------------------------------------------------------------------- the end

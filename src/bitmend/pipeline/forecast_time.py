@@ -5,7 +5,7 @@ on the machine changes all of them while the run goes on; the time left that is 
 """
 
 from bitmend.calibrate.forward_cost import ForwardCost
-from bitmend.pipeline.forecast import BlockShape, Facts, SiteShape
+from bitmend.pipeline.forecast import PROOF_IN_DOUBLE, BatchShape, BlockShape, Facts, SiteShape
 from bitmend.pipeline.rates import Rates
 
 # Codes are packed when their site is kept, and again with their block.
@@ -14,7 +14,7 @@ PACKED = 2
 SECONDS_A_FILE = 0.02
 # Copies, checksums and comparison of the finished files, bytes a second; SHA-256 is the slowest part of it.
 FINISH_RATE = 3e8
-# Products in float64 of the proof: the energy and the error, of the fit and, twice, of the held-out rows.
+# Errors that the proof measures: of the candidate on the fit rows; of it and of its base on the held-out rows.
 PROOFS, PROOFS_HELD_OUT = 1, 2
 
 
@@ -50,7 +50,7 @@ def _macs(block: BlockShape) -> int:
 
 
 def _passes(facts: Facts, block: BlockShape) -> float:
-    """Seconds of all passes: two whole ones, and one up to each group; attention runs twice and is then kept."""
+    """Seconds of all passes: whole ones of both networks, and one up to each group, in which attention is kept."""
     if block.forward is None:
         return 0.0
     done, partial = 0, 0.0
@@ -59,8 +59,8 @@ def _passes(facts: Facts, block: BlockShape) -> float:
             partial += done / max(1, _macs(block))
             done += sum(site.entries for site in group)
     return sum(
-        (2 + partial) * _layers(block.forward, block, batch.tokens)
-        + 2 * _attention(block.forward, block, batch.tokens, batch.length)
+        (_whole(facts, batch) + partial) * _layers(block.forward, block, batch.tokens)
+        + _whole(facts, batch) * _attention(block.forward, block, batch.tokens, batch.length)
         for batch in facts.batches
     )
 
@@ -69,10 +69,15 @@ def _whole_passes(facts: Facts, block: BlockShape) -> float:
     if block.forward is None:
         return 0.0
     return sum(
-        2 * _layers(block.forward, block, batch.tokens)
-        + 2 * _attention(block.forward, block, batch.tokens, batch.length)
+        _whole(facts, batch)
+        * (_layers(block.forward, block, batch.tokens) + _attention(block.forward, block, batch.tokens, batch.length))
         for batch in facts.batches
     )
+
+
+def _whole(facts: Facts, batch: BatchShape) -> int:
+    """How many whole passes a batch makes."""
+    return 1 + facts.runs_in_full_precision(batch)
 
 
 def _seconds_a_mac(forward: ForwardCost, block: BlockShape) -> float:
@@ -132,9 +137,13 @@ def _proof(facts: Facts, site: SiteShape, rates: Rates) -> float:
     if not facts.batches or not facts.moments:
         return search
     errors = PROOFS + (PROOFS_HELD_OUT if facts.has_held_out else 0)
-    each = 1 + (3 if facts.moments > 1 else 1)
+    # Beside the errors, for each set of rows: an energy, and with two streams W C and W D.
+    products = errors + (3 if facts.moments > 1 else 1) * (1 + facts.has_held_out)
+    each = 2 * site.entries * site.width
+    wide = site.spec is not None and site.spec.grid.bits >= PROOF_IN_DOUBLE
+    again = errors * (3 if facts.moments > 1 else 1) * each / rates.double_product if wide else 0.0
     decoded = errors * site.entries / rates.rounding
-    return search + decoded + errors * each * 2 * site.entries * site.width / rates.double_product
+    return search + decoded + products * each / rates.product + again
 
 
 def _write(facts: Facts, rates: Rates) -> float:

@@ -16,6 +16,7 @@ from bitmend.calibrate.forward_cost import TIMED_TOKENS, measure_forward
 from bitmend.errors import RequestError
 from bitmend.formats.writer import companions
 from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
+from bitmend.numerics.products import bfloat16_is_slower
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.pipeline import machine
@@ -179,6 +180,7 @@ def gather_facts(
         keep_inputs=wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM),
         on_disk=on_disk,
         on_device=device.type != "cpu",
+        widened=device.type == "cpu" and adapter.dtype == torch.bfloat16 and bfloat16_is_slower(),
         held_bytes=held,
         opening_bytes=opening,
     )
