@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmend.calibrate.forward_cost import ForwardCost, Growth
+from bitmend.calibrate.kept_results import PlannedRun
 from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.numerics.granularity import PerGroup
 from bitmend.numerics.qtensor import QuantSpec
@@ -28,12 +29,15 @@ SPEC = QuantSpec(UniformGrid(4, symmetric=True), PerGroup(8), scale_dtype=torch.
 FORWARD = ForwardCost((Growth(0.0, 100.0),), Growth(0.0, 8.0), 32.0, 16.0, seconds=1e-3, timed_tokens=10)
 
 
+RUNS = (PlannedRun(0, False, 0), PlannedRun(32, True, 512), PlannedRun(16, False, 1024))
+
+
 def facts(**changes):
     """Two blocks of width 16 in 16 bits: one group of two (16, 16) sites, then one (16, 64); 3 batches of 2 x 10 tokens."""
     groups = ((SiteShape(16, 16, SPEC), SiteShape(16, 16, SPEC)), (SiteShape(16, 64, SPEC),))
     weights = 2 * (2 * 256 + 1024)
     made = Facts(
-        blocks=(BlockShape(2, groups, weight_bytes=weights + 40, site_bytes=weights, forward=FORWARD),),
+        blocks=(BlockShape(2, groups, weight_bytes=weights + 40, site_bytes=weights, forward=FORWARD, runs=RUNS),),
         batches=(BatchShape(2, 10), BatchShape(2, 10), BatchShape(2, 10, held_out=True)),
         hidden=16,
         dtype_bytes=2,
@@ -72,7 +76,7 @@ def test_a_tiny_model_by_hand():
         **ALWAYS, **weights, "forward of a batch": 20 * 100, **streams
     }  # fmt: skip
     square = 8 * 64 * 64  # of the second group, in float64
-    stores = {**streams, "results of attention": 60 * 32}
+    stores = {**streams, "kept results": 60 * (32 + 32 * 2)}
     solved = {"codes of solved sites": 512}
     # One moment of two splits; beside it rows in float32 with their product, or the marks of what is finite.
     assert stage(made, "moments of a group", 1).host == {
@@ -88,7 +92,8 @@ def test_a_tiny_model_by_hand():
         "weight in float32": 4 * 1024, "codes": 1024, "solver or proof": 4 * 4 * 1024 + square / 2,
     }  # fmt: skip
     assert stage(made, "quantised forward").host == {
-        **ALWAYS, **weights, "codes of solved sites": 1536, "forward of a batch": 2000, **stores,
+        **ALWAYS, **weights, "codes of solved sites": 1536, "forward of a batch": 2000, **streams,
+        "kept results": 60 * 16 * 2,
     }  # fmt: skip
     assert made.host_bytes == max(sum(one.host.values()) for one in made.stages)
 
@@ -110,7 +115,7 @@ def test_two_streams_take_three_moments_and_the_inputs_of_all_groups():
 
 def test_activations_on_disk_leave_memory_for_disk():
     inside, outside = forecast(facts()), forecast(facts(on_disk=True))
-    kept = 4 / 3 * 60 * 16 * 2 + 20 * 16 * 2 + 60 * 32
+    kept = 4 / 3 * 60 * 16 * 2 + 20 * 16 * 2 + 60 * 16 * 2
     one, other = stage(inside, "quantised forward"), stage(outside, "quantised forward")
     assert sum(one.host.values()) - sum(other.host.values()) == kept
     assert sum(other.disk.values()) - sum(one.disk.values()) == kept

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from bitmend.calibrate.forward_cost import ForwardCost, Growth
+from bitmend.calibrate.kept_results import PlannedRun
 from bitmend.linalg.solver_cost import ONE_SWEEP
 from bitmend.numerics.granularity import PerGroup
 from bitmend.numerics.qtensor import QuantSpec
@@ -39,7 +40,8 @@ def test_passes_are_those_of_the_timed_one():
 
 
 def test_a_later_group_runs_what_comes_before_it_again():
-    block = replace(FACTS.blocks[0], groups=((SITE,), (SITE,)))
+    runs = (PlannedRun(0, False, 0), PlannedRun(32, True, SITE.entries), PlannedRun(32, True, 2 * SITE.entries))
+    block = replace(FACTS.blocks[0], groups=((SITE,), (SITE,)), runs=runs)
     # The timed half second is now that of two sites, and the second group runs the first site once more.
     assert seconds_of(replace(FACTS, blocks=(block,)), ENDLESS)["forward"] == pytest.approx(3 * 2.5 * 5.0)
 

@@ -3,7 +3,7 @@
 `x_fp` is the input of the current block in the full-precision network, `x_q` the same rows in the quantised network. Only
 one block's activations exist at a time, in memory or on disk. What a block's inner layers read is not stored for the
 quantised stream: the block is run again for each group of sites, up to that group, and the moments are summed batch by
-batch. Only attention is not computed again: its result is kept for as long as its arguments are the same. For the
+batch. What the solved part of the block gives is kept and not computed again (`kept_results.py`). For the
 full-precision stream the inputs are stored, because the full-precision weights are gone once a group is solved. Experts, of
 which there may be hundreds, share one run of the block (`experts.py`).
 
@@ -14,25 +14,21 @@ Both streams run the same kernels on the same batch shapes, so that without any 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.calibrate.experts import ExpertInputs, InputSeen, refuse_not_finite, stopper
+from bitmend.calibrate.kept_results import KeptResults
 from bitmend.linalg.moments import Moments, MomentSums
 from bitmend.protocols import BlockInputs, ModelAdapter, Need, TokenBatch
 from bitmend.routing import Expert, ExpertTokens, RareExperts
 from bitmend.sites import Block
-
-_Fingerprint = tuple[object, ...]
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-PRIME = 30011
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class BlockRun:
         """
         self.streams = streams
         self.block = block
-        self._attention = _KeptAttention(streams)
+        self._kept = KeptResults(block, streams.new_store, streams.device)
         self._experts = ExpertInputs(block, streams.new_store, rare_experts or RareExperts(), keep_inputs=keep_inputs)
         self.fp_inputs = [
             streams.new_store() if keep_inputs and group.expert is None else None for group in block.groups
@@ -196,13 +192,14 @@ class BlockRun:
 
     def finish_(self) -> float:
         """Take the quantised stream through the block as it now stands; return its error, as `DualStream.relative_error`."""
-        self.streams.run_quantised_(self.block.index, self._attention.of_batch)
+        self._kept.solved_before_(len(self.block.groups))
+        self.streams.run_quantised_(self.block.index, self._kept.of_batch)
         self.close()
         return self.streams.relative_error()
 
     def close(self) -> None:
         """Free the stored inputs."""
-        self._attention.close()
+        self._kept.close()
         self._experts.close()
         for store in self.fp_inputs:
             if store is not None:
@@ -216,6 +213,7 @@ class BlockRun:
             CalibrationError: too few tokens reach the group's expert, and that is to be refused.
         """
         group = self.block.groups[group_index]
+        self._kept.solved_before_(group_index)
         if group.expert is not None:
             self._keep_experts(group.expert)
             return self._experts.moments(group, group.expert, needs, self.streams.device)
@@ -245,6 +243,7 @@ class BlockRun:
         group = self.block.groups[group_index]
         if group.expert is None:
             return None
+        self._kept.solved_before_(group_index)
         self._keep_experts(group.expert)
         return self._experts.tokens(group, group.expert)
 
@@ -260,87 +259,13 @@ class BlockRun:
         hook = self.block.module.get_submodule(path).register_forward_pre_hook(stopper)
         try:
             hidden = self.streams.x_q[position].to(self.streams.device)
-            with self._attention.of_batch(position):
+            with self._kept.of_batch(position):
                 self.streams.adapter.run_block(self.block.index, hidden, self.streams.batches[position].inputs)
         except InputSeen as seen:
             return seen.arguments
         finally:
             hook.remove()
         raise RuntimeError(f"{path} of {self.block.name} did not run on batch {position}")
-
-
-class _KeptAttention:
-    """Results of a block's attention in the quantised network, each computed by the first run that reaches it.
-
-    Runs for one group of layers after the other repeat everything before that group, and attention is the dearest part of
-    it. A result is given again only for the same arguments, told by two sums over the bits of each tensor.
-
-    Cost: one stream of activations, in memory or on disk as the others are, and a pass over queries, keys and values.
-    """
-
-    def __init__(self, streams: DualStream) -> None:
-        self._streams = streams
-        # One entry for each attention call of the block: a result a batch, and what it was computed from.
-        self._results: list[ActivationStore] = []
-        self._computed_from: list[dict[int, _Fingerprint]] = []
-
-    @contextmanager
-    def of_batch(self, position: int) -> Iterator[None]:
-        """Answer the attention calls of one run of one batch."""
-        with _AttentionCalls(self, position):
-            yield
-
-    def result(self, position: int, call: int, arguments: "_Fingerprint", compute: Callable[[], Tensor]) -> Tensor:
-        """Return the result of attention call number `call` on one batch; the caller may write to it."""
-        if call == len(self._results):
-            self._results.append(self._streams.new_store())
-            self._computed_from.append({})
-        results, computed_from = self._results[call], self._computed_from[call]
-        if computed_from.get(position) == arguments:
-            return results[position].to(self._streams.device, copy=True)
-        computed = compute()
-        if position > len(results):  # batches come in order; one that comes early is simply not kept
-            return computed
-        if position < len(results):
-            results.replace_(position, computed)
-        else:
-            results.append(computed)
-        computed_from[position] = arguments
-        return computed
-
-    def close(self) -> None:
-        """Free the results."""
-        for store in self._results:
-            store.close()
-        self._results.clear()
-        self._computed_from.clear()
-
-
-class _AttentionCalls(TorchFunctionMode):
-    """Counts the attention calls of one run and answers them from what is kept."""
-
-    def __init__(self, kept: _KeptAttention, position: int) -> None:
-        super().__init__()
-        self.kept, self.position, self.calls = kept, position, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **options)
-        call, self.calls = self.calls, self.calls + 1
-        arguments = tuple(map(_fingerprint, (*args, *sorted(options), *(options[name] for name in sorted(options)))))
-        return self.kept.result(self.position, call, arguments, lambda: func(*args, **options))
-
-
-def _fingerprint(argument: object) -> "_Fingerprint":
-    """Return shape, type and two sums over the bits of a tensor, the second weighted by place; other values as they are."""
-    if not isinstance(argument, Tensor):
-        return (repr(argument),)
-    words = argument.contiguous().view(WORDS[argument.element_size()]).flatten()
-    # Sums wrap around, which loses nothing; the weights repeat after a prime number of places.
-    places = torch.arange(len(words), dtype=torch.int32, device=words.device).remainder_(PRIME)
-    plain, weighted = words.sum(dtype=torch.int64), (words * places).sum(dtype=torch.int64)
-    return (tuple(argument.shape), str(argument.dtype), int(plain), int(weighted))
 
 
 def _appender(store: ActivationStore) -> Callable[[nn.Module, tuple[Any, ...]], None]:

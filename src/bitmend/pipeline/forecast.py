@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from bitmend.calibrate.forward_cost import ForwardCost
+from bitmend.calibrate.kept_results import PlannedRun
 from bitmend.linalg.moments import CHUNK_TOKENS
 from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.observers import CHUNK_ENTRIES
@@ -77,6 +78,7 @@ class BlockShape:
         weight_bytes: of all its tensors, loaded.
         site_bytes: of those that are quantised, loaded.
         forward: what one pass takes; None without calibration rows.
+        runs: in the quantised network, before each group and the last one; empty where nothing is kept from run to run.
     """
 
     count: int
@@ -84,6 +86,7 @@ class BlockShape:
     weight_bytes: int
     site_bytes: int
     forward: ForwardCost | None = None
+    runs: tuple[PlannedRun, ...] = ()
 
     @property
     def sites(self) -> tuple[SiteShape, ...]:
@@ -305,8 +308,8 @@ def _widened_bytes(facts: Facts, block: BlockShape) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- what is stored of streams
-def _stores(facts: Facts, block: BlockShape, *, inputs: bool, attention: bool) -> dict[str, float]:
-    """Activations at one stage: both streams, the output that is to take a batch's place, group inputs, attention."""
+def _stores(facts: Facts, block: BlockShape, *, inputs: bool, before: int | None = None) -> dict[str, float]:
+    """Activations at one stage: both streams, the output that is to take a batch's place, group inputs, kept results."""
     streams = {"x_fp, x_q": (1 + facts.full_precision_share) * facts.stream_bytes}
     streams["output of a batch"] = float(
         max((b.tokens for b in facts.batches), default=0) * facts.hidden * facts.dtype_bytes
@@ -314,8 +317,10 @@ def _stores(facts: Facts, block: BlockShape, *, inputs: bool, attention: bool) -
     if inputs and facts.keep_inputs:
         widths = sum(group[0].width for group in block.groups)
         streams["group inputs"] = float(facts.tokens * widths * facts.dtype_bytes)
-    if attention and block.forward is not None:
-        streams["results of attention"] = facts.tokens * block.forward.attention_bytes
+    if before is not None and block.forward is not None and block.runs:
+        run = block.runs[before]
+        each = run.kept * facts.dtype_bytes + run.attention * block.forward.attention_bytes
+        streams["kept results"] = float(facts.tokens * each)
     return streams
 
 
@@ -330,7 +335,7 @@ def _full_precision_pass(facts: Facts, block: BlockShape) -> Stage:
     """`BlockRun.__init__`: the group inputs grow while the block runs batch by batch."""
     on_device = {"block weights": float(block.weight_bytes), "forward of a batch": _work_bytes(facts, block)}
     stage = _stage(facts, "full-precision forward", on_device, {})
-    return _placed(facts, stage, _stores(facts, block, inputs=True, attention=False))
+    return _placed(facts, stage, _stores(facts, block, inputs=True))
 
 
 def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
@@ -345,7 +350,7 @@ def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
         sites = list(block.sites)  # nothing is shared by a group then
     earlier = float(sum(site.entries for each in block.groups[:position] for site in each if site.spec is not None))
     shared = {"block weights": float(block.weight_bytes), "codes of solved sites": earlier}
-    stores = _stores(facts, block, inputs=True, attention=True) if facts.batches else {}
+    stores = _stores(facts, block, inputs=True, before=position) if facts.batches else {}
     square = float(DOUBLE * group[0].width ** 2)
     if facts.batches and facts.moments:
         work = {"forward of a batch": _work_bytes(facts, block), **_summing(facts, group[0].width)}
@@ -418,7 +423,7 @@ def _quantised_pass(facts: Facts, block: BlockShape, written: float) -> Stage:
     stage = _stage(facts, "quantised forward", on_device, {})
     stage.disk["finished blocks"] = written - block.written_bytes
     stage.disk["solved sites"] = float(sum(site.packed_bytes for site in block.sites))
-    return _placed(facts, stage, _stores(facts, block, inputs=True, attention=True))
+    return _placed(facts, stage, _stores(facts, block, inputs=True, before=-1))
 
 
 def _writing_block(facts: Facts, block: BlockShape, written: float) -> Stage:
@@ -431,7 +436,7 @@ def _writing_block(facts: Facts, block: BlockShape, written: float) -> Stage:
     stage = _stage(facts, "writing a block", on_device, {})
     stage.disk["finished blocks"] = written
     stage.disk["solved sites"] = float(sum(site.packed_bytes for site in block.sites))
-    return _placed(facts, stage, _stores(facts, block, inputs=False, attention=False))
+    return _placed(facts, stage, _stores(facts, block, inputs=False))
 
 
 # ---------------------------------------------------------------------------------------------- the end

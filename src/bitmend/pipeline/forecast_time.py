@@ -53,13 +53,9 @@ def _passes(facts: Facts, block: BlockShape) -> float:
     """Seconds of all passes: whole ones of both networks, and one up to each group, in which attention is kept."""
     if block.forward is None:
         return 0.0
-    done, partial = 0, 0.0
-    if facts.moments:
-        for group in block.groups:
-            partial += done / max(1, _macs(block))
-            done += sum(site.entries for site in group)
+    runs = sum(run.multiplied for run in block.runs) / max(1, _macs(block)) if facts.moments and block.runs else 1.0
     return sum(
-        (_whole(facts, batch) + partial) * _layers(block.forward, block, batch.tokens)
+        (facts.runs_in_full_precision(batch) + runs) * _layers(block.forward, block, batch.tokens)
         + _whole(facts, batch) * _attention(block.forward, block, batch.tokens, batch.length)
         for batch in facts.batches
     )

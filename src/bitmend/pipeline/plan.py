@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bitmend.calibrate.forward_cost import TIMED_TOKENS, measure_forward
+from bitmend.calibrate.kept_results import planned_runs
 from bitmend.errors import RequestError
 from bitmend.formats.writer import companions
 from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
@@ -224,6 +225,7 @@ def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], 
             weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             site_bytes=sum(tensor.nbytes for name, tensor in tensors.items() if name in quantised),
             forward=measure_forward(adapter, index, timed) if with_rows else None,
+            runs=planned_runs(block) if with_rows and block.groups else (),
         )
     finally:
         adapter.release_block(index)
