@@ -32,7 +32,7 @@ from bitmend.protocols import ModelAdapter, Need, TokenBatch
 
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
 TIMED_MACS = 4e9
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)
