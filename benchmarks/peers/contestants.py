@@ -45,8 +45,8 @@ ACCURACY = (
     Contestant("llm-compressor", "gptq", "gptq, scale search", {"weights": {"observer": "mse"}}),
 )
 
-# GPTQModel's own default. To be set to what `--tune` finds fastest on the machine at hand before a ratio is believed.
-FASTEST = {"variant": "plain"}
+# What `--tune` found fastest (docs/results, page on peers); on a CPU with fast bfloat16 units that may be another type.
+FASTEST = {"variant": "plain", "dtype": "float32"}
 
 TIMING = (
     Contestant(OURS, "gptq", "gptq"),

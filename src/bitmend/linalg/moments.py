@@ -27,6 +27,7 @@ ResultT = TypeVar("ResultT")
 CHUNK_TOKENS = 4096
 PANEL = 128  # rows of a symmetric product that are computed at once; thinner ones pay off where the whole is small
 SMALL_PANEL, SMALL_WIDTH = 64, 512
+QUADRATIC_PANEL = 512  # columns of E that are multiplied at once in tr(E G E^T)
 BLURRED = 1e-4  # error over energy below which products of moments are taken in float64
 
 
@@ -91,18 +92,18 @@ class OutputMeter:
     Attributes:
         energy: mean over tokens of ||W x||^2.
 
-    Cost: one (out, in) x (in, in) product for G and two more for C and D; one for each measurement. Products are taken in
-    float32 and their parts summed in float64.
+    Cost: half an (out, in) x (in, in) product for G, one for C and half for D; half for each measurement, because G and D are
+    symmetric. Products are taken in float32 and their parts summed in float64.
     """
 
     def __init__(self, weight: Float[Tensor, "out in"], moments: Moments) -> None:
         self._weight, self._moments = weight, moments
-        self.energy = _inner(product_for_sums(weight, moments.G), weight)
+        self.energy = _quadratic(weight, moments.G)
         self._pull: Tensor | None = None
         self._constant = 0.0
         if moments.C is not None and moments.D is not None:
             self._pull = product_for_sums(weight, moments.C.T)
-            self._constant = _inner(product_for_sums(weight, moments.D), weight)
+            self._constant = _quadratic(weight, moments.D)
 
     def relative_error(self, quantised: Float[Tensor, "out in"]) -> float:
         """Return the mean over tokens of ||Q x - W x~||^2 over the energy, x~ = x when C or D are unknown.
@@ -110,7 +111,7 @@ class OutputMeter:
         Where it is so small that float32 would blur it, it is computed again in float64.
         """
         E = quantised - self._weight
-        error = _inner(product_for_sums(E, self._moments.G), E) + self._constant
+        error = _quadratic(E, self._moments.G) + self._constant
         if self._pull is not None:
             error -= 2 * _inner(self._pull, E)
         if error <= BLURRED * self.energy:
@@ -127,6 +128,18 @@ def product_for_sums(left: Float[Tensor, "out in"], right: Float[Tensor, "in in"
     activations 1,000 times the others, spread over many channels, to 2e-4.
     """
     return linear(left.float(), right.float())
+
+
+def _quadratic(E: Float[Tensor, "out in"], G: Float[Tensor, "in in"]) -> float:
+    """Return tr(E G E^T) for a symmetric G, from what is on and above its diagonal."""
+    total = 0.0
+    for start in range(0, len(G), QUADRATIC_PANEL):
+        rows, later = slice(start, start + QUADRATIC_PANEL), slice(start + QUADRATIC_PANEL, None)
+        product = product_for_sums(E[:, rows], G[rows, start:].T)
+        total += _inner(product[:, :QUADRATIC_PANEL], E[:, rows]) + 2 * _inner(
+            product[:, QUADRATIC_PANEL:], E[:, later]
+        )
+    return total
 
 
 def _inner(one: Float[Tensor, "out in"], other: Float[Tensor, "out in"]) -> float:
