@@ -55,7 +55,6 @@ def main():
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--no-profiler", action="store_true", help="only the clock")
     parser.add_argument("--clock-only", action="store_true", help="without the third run, under the profiler")
     options = parser.parse_args()
     keys = {"weights.bits": options.bits, "calibration.sequences": options.sequences}

@@ -1,7 +1,7 @@
 """Matrix products by the fastest way that torch has for them on this CPU.
 
 - float32: torch gives products to MKL, which leaves half of an AMD core unused; oneDNN, which torch uses for other types,
-  does not. On Intel's cores MKL is a little ahead. Both compute in float32 throughout; only the order of the sums differs.
+  does not. On Intel's cores it has nothing to win. Both compute in float32 throughout; only the order of the sums differs.
 - bfloat16: a core without units for it (AMX, or AMD's) takes longer for a product in bfloat16 than in float32. There the
   factors are widened, multiplied in float32 and the result is rounded once, which is what a product in bfloat16 means.
 
