@@ -3,7 +3,7 @@
 A reader of this file and of `pipeline/quantize.py` knows the system.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.moments import Moments
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.registry import Registry
 from bitmend.routing import ExpertTokens
-from bitmend.sites import Block, LinearSite
+from bitmend.sites import Block, LinearSite, ModelEnds, Wiring
 
 ItemT = TypeVar("ItemT")
 
@@ -209,13 +210,65 @@ class BlockSolver(Protocol):
 
 
 @runtime_checkable
+class Calibrated(Protocol):
+    """The calibration rows in front of a block, for transforms that ask what its layers read."""
+
+    def largest_inputs(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Return the largest magnitude of each feature that these layers read, in the quantised network, over the fit split.
+
+        Runs the block as it stands.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What a transform leaves to be done while the model runs, and what the user must be told.
+
+    Attributes:
+        inputs: path of a module (in the block, or in the model) -> rotation of its input, for which its weights were changed.
+        outputs: path -> rotation of what the module returns.
+        events: what the user must be told.
+    """
+
+    inputs: Mapping[str, Rotation] = field(default_factory=dict)
+    outputs: Mapping[str, Rotation] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()
+
+
+@runtime_checkable
 class Transform(Protocol):
-    """Keeps the function and moves the difficulty: smooth, rotate, permute."""
+    """Keeps the function of the model and moves the difficulty: smooth, rotate, permute.
+
+    Each block is changed when it has been loaded. An exact transform is proved on a few tokens: the block adds to the
+    residual stream what it added before.
+
+    Attributes:
+        exact: the model computes the same, up to the rounding of its dtype.
+        needs_rows: it asks what layers read, so that there must be calibration rows.
+    """
 
     exact: ClassVar[bool]
+    needs_rows: ClassVar[bool]
 
-    def apply_(self, block: Block, streams: BlockStreams | None) -> tuple[Event, ...]:
-        """Change the weights of the block in place so that its output stays the same (if `exact`)."""
+    def apply_(self, block: Block, wiring: Wiring, streams: Calibrated | None) -> Transformed:
+        """Change the weights of a block in place."""
+        ...
+
+
+@runtime_checkable
+class ModelTransform(Transform, Protocol):
+    """A transform that also changes what lies around the blocks, once, before anything runs.
+
+    If it rotates the residual stream, blocks are proved to add what they added before, rotated.
+    """
+
+    def residual_rotation(self, ends: ModelEnds) -> Rotation | None:
+        """Return how the residual stream is rotated, or None when it stays as it is."""
+        ...
+
+    def apply_to_ends_(self, ends: ModelEnds) -> Transformed:
+        """Change the weights around the blocks in place."""
         ...
 
 
@@ -306,6 +359,14 @@ class ModelAdapter(Protocol):
 
     def describe_block(self, index: int, batch: TokenBatch) -> Block:
         """Run a few tokens through a loaded block and return its sites in execution order."""
+        ...
+
+    def wiring_of(self, block: Block, batch: TokenBatch) -> Wiring:
+        """Return how the layers of a loaded block hang together; runs it on a few tokens some times."""
+        ...
+
+    def ends(self, batch: TokenBatch) -> ModelEnds:
+        """Return what lies around the blocks; runs it on a few tokens."""
         ...
 
     def block_inputs(self, batch: TokenBatch) -> BlockInputs:

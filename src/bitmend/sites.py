@@ -5,6 +5,7 @@ Whatever a layer looks like in its model (a linear, GPT-2's transposed `Conv1D`)
 `LayerView`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -76,9 +77,79 @@ class Conv1dView:
 LAYER_VIEWS: dict[str, LayerView] = {"linear": LinearView(), "conv1d": Conv1dView()}
 
 
+def read_matrix(module: nn.Module) -> Float[Tensor, "out in"]:
+    """Return the weight of a layer as (out, in); of a module that is no site, such as a router, its own `weight`."""
+    kind = layer_kind(module)
+    return module.get_parameter("weight").detach() if kind is None else LAYER_VIEWS[kind].read(module)
+
+
+def write_matrix_(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
+    """Overwrite the weight that `read_matrix` returns, cast to its dtype."""
+    kind = layer_kind(module)
+    (LinearView() if kind is None else LAYER_VIEWS[kind]).write_(module, weight)
+
+
 def layer_kind(module: nn.Module) -> str | None:
     """Return the name of the view that reads `module`, or None when it cannot be a site."""
     return next((kind for kind, view in LAYER_VIEWS.items() if view.matches(module)), None)
+
+
+def norm_gain(norm: nn.Module, features: int) -> Float[Tensor, " features"] | None:
+    """Return the gain of a norm that divides by the root mean square and multiplies by a gain, float64.
+
+    None for any other norm: one that subtracts the mean, or adds a bias. It is read from what the norm does to numbers,
+    because the stored weight may stand for 1 + weight.
+    """
+    reference = next(norm.parameters(), torch.zeros(()))
+    draw = torch.Generator().manual_seed(0)
+    values = (torch.randn(4, features, generator=draw) * 3 + 1).to(reference)
+    with torch.no_grad():
+        gains = norm(values).double() * values.double().square().mean(-1, keepdim=True).sqrt() / values.double()
+    slack = 0.05 if reference.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    if not torch.allclose(gains, gains[:1].expand_as(gains), rtol=slack, atol=slack):
+        return None
+    weight = getattr(norm, "weight", None)
+    gain = gains.mean(0)
+    if weight is None:
+        return gain
+    # Exactly, where the weight says it.
+    exact = weight.detach().double()
+    return min((exact, exact + 1), key=lambda one: float((one - gain).abs().sum()))
+
+
+def scale_norm_(norm: nn.Module, factors: Float[Tensor, " features"]) -> None:
+    """Multiply what a norm gives by a factor for each feature, in its weight and bias.
+
+    Raises:
+        ValueError: it has no weight to change.
+    """
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None:
+        raise ValueError("a norm without a weight cannot take up factors")
+    gain = norm_gain(norm, len(weight))
+    offset = 0.0 if gain is None or torch.equal(gain, weight.detach().double()) else 1.0
+    with torch.no_grad():
+        weight.copy_((weight.double() + offset) * factors - offset)
+        if bias is not None:
+            bias.mul_(factors)
+
+
+def set_unit_gain_(norm: nn.Module, features: int) -> None:
+    """Set the weight of a norm so that its gain is 1 for all features.
+
+    Raises:
+        ValueError: neither ones nor zeros make it so.
+    """
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return
+    for value in (1.0, 0.0):
+        with torch.no_grad():
+            weight.fill_(value)
+        gain = norm_gain(norm, features)
+        if gain is not None and bool((gain == 1).all()):
+            return
+    raise ValueError("the gain of a norm is neither its weight nor 1 + its weight")
 
 
 @dataclass(frozen=True)
@@ -152,3 +223,66 @@ class Block:
     def sites(self) -> tuple[LinearSite, ...]:
         """All sites in execution order."""
         return tuple(site for group in self.groups for site in group.sites)
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """Two layers with nothing but attention between them: what the first gives reaches the second linearly, head by head.
+
+    Attributes:
+        source: path in the block of the layer that makes the values.
+        target: of the layer that reads them, weighted and repeated.
+        head_dim: features of a head.
+        heads: heads that the target reads.
+        source_heads: heads that the source makes; each is read by `heads / source_heads` heads of the target.
+    """
+
+    source: str
+    target: str
+    head_dim: int
+    heads: int
+    source_heads: int
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the layers of a block hang together, for transforms that move something from one to the next.
+
+    Attributes:
+        hidden: features of the residual stream.
+        readers: path of a norm -> the layers that read what it returns, routers and first layers of experts included.
+        writers: layers whose results are added to the residual stream.
+        after_writers: norms between a writer and the residual stream.
+        values: the layers before and behind the attention, or None when the values are made in one layer with others.
+        gated: (source, target) pairs of equal width where a feature of the target's input grows by the positive factor by
+            which the same feature of the source's output does: `up_proj` and `down_proj`, or two layers with a ReLU between
+            them.
+    """
+
+    hidden: int
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...]
+    after_writers: tuple[str, ...]
+    values: ValueHeads | None
+    gated: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class ModelEnds:
+    """What lies before the first and behind the last block.
+
+    Attributes:
+        embedding: path of the token embedding.
+        norm: path of the last norm, or None when the head reads something else.
+        head: path of the output head.
+        tied: whether the head shares the embedding's table.
+        hidden: features of the residual stream.
+        model: holds all three.
+    """
+
+    embedding: str
+    norm: str | None
+    head: str
+    tied: bool
+    hidden: int
+    model: nn.Module

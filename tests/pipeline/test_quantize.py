@@ -9,7 +9,7 @@ from bitmend.errors import FactorizationError, NumericsError
 from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.pipeline.quantize import quantise_blocks, trace_batch
 from bitmend.pipeline.recipe import parse_recipe
-from bitmend.protocols import Event, Need, RunReport, SilentProgress, TokenBatch
+from bitmend.protocols import Event, Need, RunReport, SilentProgress, TokenBatch, Transformed
 from bitmend.solvers.rtn import Rtn
 
 CPU = torch.device("cpu")
@@ -239,15 +239,16 @@ class ScaleNorm:
     """Multiplies the gain of the first norm and divides the columns of what reads it."""
 
     exact: ClassVar[bool] = True
+    needs_rows: ClassVar[bool] = False
     factor: float = 4.0
 
-    def apply_(self, block, streams):
+    def apply_(self, block, wiring, streams):
         group = block.groups[0]
         with torch.no_grad():
             block.module.get_submodule(group.norm).weight.mul_(self.factor)
         for site in group.sites:
             site.store_(block.module, site.weight(block.module) / self.factor)
-        return ()
+        return Transformed()
 
 
 def test_an_exact_transform_keeps_the_function_and_reaches_the_file(tiny_model, add_part, tiny):
@@ -280,9 +281,10 @@ def test_a_transform_tells_its_events(tiny_model, add_part):
     @dataclass(frozen=True)
     class Talks:
         exact: ClassVar[bool] = True
+        needs_rows: ClassVar[bool] = False
 
-        def apply_(self, block, streams):
-            return (Event("talk", block.name, "hello"),)
+        def apply_(self, block, wiring, streams):
+            return Transformed(events=(Event("talk", block.name, "hello"),))
 
     add_part.transform("talks", Talks)
     report, _ = run(HfCausalLm.open(tiny_model), {"solver": {"name": "rtn"}, "transforms": [{"name": "talks"}]})

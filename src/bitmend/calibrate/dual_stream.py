@@ -14,7 +14,7 @@ Both streams run the same kernels on the same batch shapes, so that without any 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,24 @@ class DualStream:
             with kept(position):
                 hidden = stream[position].to(self.device)
                 stream.replace_(position, self.adapter.run_block(index, hidden, self.batches[position].inputs))
+
+    def largest_inputs(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Return the largest magnitude of each feature that these layers read, in the quantised network, over the fit split.
+
+        Runs the block as it stands once; padding counts for nothing.
+        """
+        largest: dict[str, Tensor] = {}
+        for position, batch in enumerate(self.batches):
+            if batch.held_out:
+                continue
+            with ExitStack() as hooks:
+                for path in paths:
+                    layer = block.module.get_submodule(path)
+                    hooks.callback(
+                        layer.register_forward_pre_hook(_keeping_largest(largest, path, batch.tokens)).remove
+                    )
+                self.adapter.run_block(block.index, self.x_q[position].to(self.device), batch.inputs)
+        return largest
 
     def close(self) -> None:
         """Free everything."""
@@ -266,6 +284,17 @@ class BlockRun:
         finally:
             hook.remove()
         raise RuntimeError(f"{path} of {self.block.name} did not run on batch {position}")
+
+
+def _keeping_largest(
+    largest: dict[str, Tensor], path: str, tokens: TokenBatch
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def keep(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        del module
+        read = real_tokens(arguments[0].detach(), tokens).float().abs().amax(0)
+        largest[path] = torch.maximum(largest[path], read) if path in largest else read
+
+    return keep
 
 
 def _appender(store: ActivationStore) -> Callable[[nn.Module, tuple[Any, ...]], None]:

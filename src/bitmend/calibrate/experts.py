@@ -204,8 +204,9 @@ def _leaf(group: SiteGroup, expert: Expert) -> str:
 
 def _copied_until(expert: nn.Module, leaf: str) -> nn.Module:
     """Return a copy of an expert without the weights of its last layer, of which only the input is wanted."""
-    last = expert.get_submodule(leaf)
-    return copy.deepcopy(expert, {id(last): nn.Identity()})
+    last, place = expert.get_submodule(leaf), nn.Identity()
+    place._forward_pre_hooks.update(last._forward_pre_hooks)  # what is done to its input belongs to it
+    return copy.deepcopy(expert, {id(last): place})
 
 
 def read_by(expert: nn.Module, leaf: str, rows: Tensor) -> Tensor:

@@ -20,15 +20,16 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitmend.errors import CheckpointError
+from bitmend.errors import CheckpointError, RecipeError
 from bitmend.formats.integrity import check_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.safetensors_file import TensorRecord
 from bitmend.models.experts import experts_of, unpack_experts_
+from bitmend.online import InputScheme, attach_input, attach_output
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
-from bitmend.sites import layer_kind
+from bitmend.sites import layer_kind, read_matrix
 
 # Key of `quantization_config`, in memory only, that switches the checksums off; see `BitmendConfig.verify`.
 VERIFY = "verify"
@@ -75,6 +76,7 @@ class BitmendQuantizer(HfQuantizer):
             files = [Path(file) for file in checkpoint_files]
             records = check_files(files, manifest, verify=self.quantization_config.verify)
         swapped = swap_modules_(model, manifest, dtype)
+        online = attach_online_(model, manifest)
         _forget_ties(model, swapped)
         if records is not None:
             _check_model(model, records)
@@ -83,6 +85,8 @@ class BitmendQuantizer(HfQuantizer):
             {swapped[head]: swapped[table] for head, table in manifest.tied.items() if head in swapped},
             manifest.provenance,
             manifest.files,
+            {online[name]: scheme for name, scheme in manifest.inputs.items() if name in online},
+            {online[name]: rotation for name, rotation in manifest.outputs.items() if name in online},
         )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -121,6 +125,7 @@ def check_empty_model_(model: PreTrainedModel, manifest: Manifest, records: Mapp
         CheckpointError: a module or tensor that is missing, left over, or of another shape or kind.
     """
     _forget_ties(model, swap_modules_(model, manifest, None))
+    attach_online_(model, manifest)
     _check_model(model, records)
 
 
@@ -159,6 +164,69 @@ def swap_modules_(model: nn.Module, manifest: Manifest, dtype: torch.dtype | Non
         _replace(model, head, TiedQuantHead(embedding, modules[head].bias))  # type: ignore[arg-type]
         swapped[head] = head
     return swapped
+
+
+def attach_online_(model: nn.Module, manifest: Manifest) -> dict[str, str]:
+    """Rotate and round activations at the modules that the manifest names, whenever the model runs.
+
+    Returns:
+        Path in the manifest -> path in this model, as `swap_modules_` does. Modules around the inner model are left out where
+        only that is loaded.
+
+    Raises:
+        CheckpointError: a module that does not exist, or whose width does not suit what is to be done to it.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    named = [*manifest.inputs, *manifest.outputs]
+    is_inner = bool(named) and not any(name in modules for name in named)
+    found = {}
+    for name in named:
+        path = name.removeprefix(prefix) if is_inner else name
+        if path not in modules:
+            if is_inner and not name.startswith(prefix):
+                continue
+            raise CheckpointError(
+                f"the checkpoint changes activations at {name}, which {type(model).__name__} does not have"
+            )
+        module = modules[path]
+        if name in manifest.inputs:
+            _check_width(name, manifest.inputs[name], _features_read(module))
+            attach_input(module, manifest.inputs[name])
+        if name in manifest.outputs:
+            _check_width(name, InputScheme(manifest.outputs[name]), _features_given(module))
+            attach_output(module, manifest.outputs[name])
+        found[name] = path
+    return found
+
+
+def _features_read(module: nn.Module) -> int | None:
+    """Return how many features a layer or a norm reads, None when it does not say."""
+    if layer_kind(module) is not None:
+        return int(read_matrix(module).shape[1])
+    features = getattr(module, "in_features", None)
+    weight = getattr(module, "weight", None) if features is None else None
+    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 1 else features
+
+
+def _features_given(module: nn.Module) -> int | None:
+    """Return how many features an embedding gives, None when it does not say."""
+    width = getattr(module, "embedding_dim", None)
+    return width if isinstance(width, int) else None
+
+
+def _check_width(name: str, scheme: InputScheme, width: int | None) -> None:
+    if width is None:
+        raise CheckpointError(f"the checkpoint changes activations at {name}, which is no layer, norm or embedding")
+    if scheme.rotation is not None and width % (scheme.rotation.size * scheme.rotation.inner):
+        raise CheckpointError(
+            f"the checkpoint rotates {scheme.rotation.size} x {scheme.rotation.inner} features at {name}, which has {width}"
+        )
+    if scheme.activations is not None:
+        try:
+            scheme.activations.check_width(width)
+        except RecipeError as error:
+            raise CheckpointError(f"{name}: {error}") from error
 
 
 def _packed_module(path: str, module: nn.Module, entry: ManifestEntry, dtype: torch.dtype | None) -> nn.Module:

@@ -13,26 +13,40 @@
 Every quantised module is listed; equal schemes are stored once. A scheme's `layout` names which tensors lie in the file
 and how they are read (`formats/native.py`); a later way of storing (masks, codebooks, matrices beside a block) is a new
 layout name, which readers that do not know it refuse. `files` is dropped when transformers saves the model again.
-`seal` is over `schemes`, `modules` and `tied`: two schemes may give tensors of the same shapes (groups of 16 and ragged
-groups of 20 of a width of 32), so that the files alone cannot tell a scheme that was changed. Folders of older versions
-have none.
+What is done to activations while the model runs stands beside them, from format version 2 on; a folder without it is written
+as version 1, and readers of version 1 refuse one with it:
+
+```json
+{"inputs": {"model.layers.0.mlp.down_proj": {"rotation": {"size": 768, "seed": null, "inner": 1, "transposed": false},
+                                             "activations": {"bits": 4, "symmetric": true, "group_size": -1,
+                                                             "clip_ratio": 0.9}}},
+ "outputs": {"model.embed_tokens": {"rotation": {"size": 256, "seed": 0, "inner": 1, "transposed": false}}}}
+```
+
+`seal` is over `schemes`, `modules` and `tied`, and over `inputs` and `outputs` where there are any: two schemes may give
+tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone cannot tell a
+scheme that was changed. Folders of older versions have none.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from bitmend.errors import CheckpointError, RecipeError, RequestError
+from bitmend.linalg.hadamard import Rotation
+from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
+from bitmend.online import InputScheme
 
 QUANT_METHOD = "bitmend"
-FORMAT_VERSION = 1
+FORMAT_VERSION, VERSION_WITH_INPUTS = 1, 2
+LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 LAYOUTS = ("uniform",)
 KINDS = ("linear", "conv1d", "embedding")
 SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -65,12 +79,16 @@ class Manifest:
         tied: path of a head -> path of the quantised embedding whose table it uses.
         provenance: where the numbers come from; free.
         files: name of a weight file -> its sha256, or empty when unknown.
+        inputs: full module path -> what is done to what the module reads, while the model runs.
+        outputs: full module path -> how what the module gives is rotated.
     """
 
     modules: Mapping[str, ManifestEntry]
     tied: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, InputScheme] = field(default_factory=dict)
+    outputs: Mapping[str, Rotation] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the dictionary that goes into config.json."""
@@ -81,8 +99,13 @@ class Manifest:
             if scheme not in schemes:
                 schemes.append(scheme)
             modules[name] = {"scheme": schemes.index(scheme), "shape": list(entry.shape), "kind": entry.kind}
-        config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        online = bool(self.inputs or self.outputs)
+        version = VERSION_WITH_INPUTS if online else FORMAT_VERSION
+        config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": version}
         config |= {"schemes": schemes, "modules": modules, "tied": dict(self.tied)}
+        if online:
+            config["inputs"] = {name: input_to_json(scheme) for name, scheme in self.inputs.items()}
+            config["outputs"] = {name: input_to_json(InputScheme(one)) for name, one in self.outputs.items()}
         config |= {"provenance": dict(self.provenance), "files": dict(self.files)}
         return config | {"seal": _seal(config)}
 
@@ -95,9 +118,9 @@ class Manifest:
                 know, a scheme that is impossible, or a seal that differs.
         """
         version = _get(config, "format_version", int)
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, VERSION_WITH_INPUTS):
             raise CheckpointError(
-                f"quantization_config has format_version {version}, this release reads {FORMAT_VERSION}; "
+                f"quantization_config has format_version {version}, this release reads up to {VERSION_WITH_INPUTS}; "
                 f"load it with the release of bitmend that wrote it, or a newer one"
             )
         schemes = [_scheme_from_json(item) for item in _get(config, "schemes", list)]
@@ -114,7 +137,17 @@ class Manifest:
                 "schemes, modules or tied of quantization_config are not those that were written (their seal differs); copy "
                 "config.json again"
             )
-        return cls(modules, tied, _get(config, "provenance", dict), files)
+        inputs, outputs = {}, {}
+        if version == VERSION_WITH_INPUTS:
+            inputs = {name: input_from_json(name, one) for name, one in _get(config, "inputs", dict).items()}
+            schemes_out = {name: input_from_json(name, one) for name, one in _get(config, "outputs", dict).items()}
+            for name, one in schemes_out.items():
+                if one.rotation is None or one.activations is not None:
+                    raise CheckpointError(
+                        f"quantization_config.outputs[{name!r}] must hold a rotation and nothing else"
+                    )
+                outputs[name] = one.rotation
+        return cls(modules, tied, _get(config, "provenance", dict), files, inputs, outputs)
 
     def with_files(self, files: Mapping[str, str]) -> "Manifest":
         """Return the same manifest with other checksums."""
@@ -126,6 +159,8 @@ def quantization_config(
     *,
     tied: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, InputScheme] | None = None,
+    outputs: Mapping[str, Rotation] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of a checkpoint; the writer adds the checksums of the files.
 
@@ -133,8 +168,49 @@ def quantization_config(
         sites: full module path -> what it is, in the order of the model.
         tied: path of a head -> path of the quantised embedding that it shares; only when the embedding is quantised.
         provenance: anything that JSON holds: recipe, versions, calibration hash.
+        inputs: full module path -> what is done to what the module reads, while the model runs.
+        outputs: full module path -> how what the module gives is rotated.
     """
-    return Manifest(sites, tied or {}, provenance or {}).to_json()
+    return Manifest(sites, tied or {}, provenance or {}, {}, inputs or {}, outputs or {}).to_json()
+
+
+def input_to_json(scheme: InputScheme) -> dict[str, Any]:
+    """Return what is done to an input as plain JSON; what is not done is left out."""
+    found: dict[str, Any] = {}
+    if scheme.rotation is not None:
+        one = scheme.rotation
+        found["rotation"] = {"size": one.size, "seed": one.seed, "inner": one.inner, "transposed": one.transposed}
+    if scheme.activations is not None:
+        found["activations"] = asdict(scheme.activations)
+    return found
+
+
+def input_from_json(name: str, item: Any) -> InputScheme:
+    """Return what `input_to_json` wrote.
+
+    Raises:
+        CheckpointError: a missing or unknown key, a wrong type or an impossible value; names the module.
+    """
+    where = f"what quantization_config does to activations at {name}"
+    if not isinstance(item, dict) or not item or not set(item) <= {"rotation", "activations"}:
+        raise CheckpointError(f"{where} must be a table of rotation or activations; got {item!r:.80}")
+    rotation = activations = None
+    if "rotation" in item:
+        about = _get(item, "rotation", dict)
+        seed, sides = about.get("seed"), (_get(about, "size", int), _get(about, "inner", int))
+        if set(about) != {"size", "seed", "inner", "transposed"} or not (seed is None or type(seed) is int):
+            raise CheckpointError(f"{where} must say size, seed, inner and transposed of a rotation; got {about!r:.80}")
+        if not all(1 <= side <= LARGEST_ROTATION for side in sides):
+            raise CheckpointError(f"{where} must rotate 1 to {LARGEST_ROTATION} features; got {sides[0]} x {sides[1]}")
+        rotation = Rotation(sides[0], seed, sides[1], _get(about, "transposed", bool))
+    if "activations" in item:
+        about = _get(item, "activations", dict)
+        keys = (_get(about, "bits", int), _get(about, "symmetric", bool), _get(about, "group_size", int))
+        try:
+            activations = ActivationSpec(*keys, _get(about, "clip_ratio", float))
+        except RecipeError as error:
+            raise CheckpointError(f"{where} is impossible: {error}") from error
+    return InputScheme(rotation, activations)
 
 
 def spec_to_json(spec: QuantSpec) -> dict[str, Any]:
@@ -186,6 +262,7 @@ def spec_from_json(scheme: Mapping[str, Any]) -> QuantSpec:
 
 def _seal(config: Mapping[str, Any]) -> str:
     sealed = [config["schemes"], config["modules"], config["tied"]]
+    sealed += [config[key] for key in ("inputs", "outputs") if key in config]
     return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 

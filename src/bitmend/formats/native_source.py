@@ -94,6 +94,12 @@ def open_native(folder: Path, target: str) -> NativeSource:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise RequestError(f"{folder} is not in bitmend's own format; only such a checkpoint can be exported")
     manifest = Manifest.from_json(quantization)
+    if manifest.inputs or manifest.outputs:
+        where = next(iter({**manifest.inputs, **manifest.outputs}))
+        raise RequestError(
+            f"{folder} rotates or rounds activations while it runs (at {where}, for one), which an export to {target} "
+            "does not hold yet; keep bitmend's format"
+        )
     files = weight_files(folder)
     records = check_files(files, manifest)
     model = _empty_model(folder, target)

@@ -32,9 +32,10 @@ from bitmend.models.loading import empty_model, read_config
 from bitmend.models.shards import ShardedWeights
 from bitmend.models.tensor_source import TensorSource, buffers_to, outside
 from bitmend.models.tracing import describe, trace_block
+from bitmend.models.wiring import find_ends, find_wiring
 from bitmend.numerics.products import FastLinear
 from bitmend.protocols import ADAPTERS, BlockInputs, TokenBatch
-from bitmend.sites import Block
+from bitmend.sites import Block, ModelEnds, Wiring
 
 CPU = torch.device("cpu")
 TRACE_ROWS, TRACE_TOKENS = 4, 32
@@ -199,6 +200,17 @@ class HfCausalLm:
         block = self.block(index)
         trace = trace_block(block, lambda: self.run_block(index, inputs.hidden, inputs))
         return describe(self.block_names[index], index, block, trace)
+
+    def wiring_of(self, block: Block, batch: TokenBatch) -> Wiring:
+        """Return how the layers of a loaded block hang together; runs it on a few tokens some times."""
+        inputs = self.block_inputs(batch)
+        return find_wiring(block, lambda: self.run_block(block.index, inputs.hidden, inputs), inputs.hidden.shape[-1])
+
+    def ends(self, batch: TokenBatch) -> ModelEnds:
+        """Return what lies around the blocks; runs it on a few tokens."""
+        hidden = self.block_inputs(batch).hidden
+        tied = self.head_name is None
+        return find_ends(self.model, hidden.shape[-1], self.block_names, tied, lambda: self.logits(hidden, batch))
 
     # ------------------------------------------------------------------------------------------ opening
     def _load_outside(self) -> BlockList:

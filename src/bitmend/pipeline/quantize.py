@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +11,15 @@ from torch import Tensor
 
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
+from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.online import InputScheme, attach_input
 from bitmend.pipeline.machine import return_free_memory
 from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
 from bitmend.pipeline.rare_experts import refuse_rare_experts
 from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
+from bitmend.pipeline.transforming import Transforms
 from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
 from bitmend.sites import Block
 
@@ -33,6 +36,7 @@ def quantise_blocks(
     device: torch.device,
     directory: Path | None = None,
     journal: Journal | None = None,
+    transforms: Transforms | None = None,
 ) -> Generator[QuantisedBlock, None, None]:
     """Quantise a model block by block and yield each finished block, from the first that `journal` does not hold.
 
@@ -46,12 +50,14 @@ def quantise_blocks(
         directory: where activations are kept; None keeps them in memory.
         journal: what an earlier process has finished; gets each site as soon as it is solved. The blocks that are yielded
             are for the caller to write.
+        transforms: of the recipe; None makes them here. They begin here, even if no block is left.
 
     Raises:
         NumericsError: NaN or Inf in a weight, in a layer's input or in a block's output.
         FactorizationError: moments that stay indefinite.
         RecipeError: a grid that does not fit a site.
         CalibrationError: an expert that too few tokens reach, where that is to be refused.
+        ModelError: a transform that the model does not bear.
         ResumeError: finished blocks do not compute what they computed when they were written.
 
     Cost: per block one full-precision forward (of the held-out rows, if nothing is fitted against it), one partial
@@ -59,11 +65,10 @@ def quantise_blocks(
     it all one full-precision forward where rare experts are to be refused. For each block that the journal holds one
     full-precision and one quantised forward, unless there are no rows or no block is left.
     """
-    loop = _Loop(adapter, recipe, report, device, journal)
+    transforms = transforms or Transforms(adapter, recipe.build_transforms(), trace_batch())
+    loop = _Loop(adapter, recipe, report, device, journal, transforms)
     names = adapter.block_names
     first = 0 if journal is None else journal.num_finished
-    if first == len(names):
-        return
     if batches and first == 0 and recipe.calibration.rare_experts == "refuse" and loop.measures:
         with loop.timed("forward"):
             refuse_rare_experts(
@@ -76,6 +81,11 @@ def quantise_blocks(
                 directory=directory,
                 trace=trace_batch(),
             )
+    with loop.timed("embed"):
+        transforms.begin_()
+    report.events += transforms.events
+    if first == len(names):
+        return
     streams = None
     if batches:
         with loop.timed("embed"):
@@ -98,7 +108,13 @@ def quantise_blocks(
 
 class _Loop:
     def __init__(
-        self, adapter: ModelAdapter, recipe: Recipe, report: RunReport, device: torch.device, journal: Journal | None
+        self,
+        adapter: ModelAdapter,
+        recipe: Recipe,
+        report: RunReport,
+        device: torch.device,
+        journal: Journal | None,
+        transforms: Transforms,
     ) -> None:
         solver = recipe.build_solver()
         self.device = device
@@ -106,7 +122,7 @@ class _Loop:
         self.adapter = adapter
         self.recipe = recipe
         self.report = report
-        self.transforms = recipe.build_transforms()
+        self.transforms = transforms
         wanted = recipe.calibration
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
         self.keep_inputs = wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM)
@@ -114,25 +130,26 @@ class _Loop:
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()
-        block, events = self._open(index, streams)
+        block, rotations, events = self._open(index, streams)
         report = BlockReport(block.name)
         self.report.blocks.append(report)
         with self.timed("forward"):
             run = None if streams is None else self._both_streams(streams, block)
         return_free_memory()
-        sites = self._solve(block, run, report, events)
-        return_free_memory()
-        if streams is not None and run is not None:
-            with self.timed("forward"):
-                report.relative_error = run.finish_()
-            if not math.isfinite(report.relative_error):
-                raise NumericsError(
-                    f"the output of {block.name} must be finite, but holds NaN or Inf; nothing was saved"
-                )
+        with self._rounding(block):
+            sites = self._solve(block, run, report, events)
+            return_free_memory()
+            if streams is not None and run is not None:
+                with self.timed("forward"):
+                    report.relative_error = run.finish_()
+        if report.relative_error is not None and not math.isfinite(report.relative_error):
+            raise NumericsError(f"the output of {block.name} must be finite, but holds NaN or Inf; nothing was saved")
         report.seconds = time.perf_counter() - started
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
         self.report.events += events
-        return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events))
+        inputs = self._input_schemes(block, rotations)
+        self.transforms.release_block()
+        return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events), inputs)
 
     def _both_streams(self, streams: DualStream, block: Block) -> BlockRun:
         rare = self.recipe.calibration.rare()
@@ -144,13 +161,15 @@ class _Loop:
         Raises:
             ResumeError: they come out differently, so that what follows would differ, too.
         """
-        block, _ = self._open(index, streams)
+        block, _, _ = self._open(index, streams)
         with self.timed("forward"):
             run = BlockRun(streams, block, keep_inputs=False)
             for site in block.sites:
                 if site.name in finished.sites:
                     site.store_(block.module, finished.sites[site.name].dequantize(self.adapter.dtype))
-            error = run.finish_()
+            with self._rounding(block):
+                error = run.finish_()
+        self.transforms.release_block()
         if error != finished.report.relative_error:
             raise ResumeError(
                 f"{block.name} was finished with a relative error of {finished.report.relative_error!r}, but run again it "
@@ -158,15 +177,35 @@ class _Loop:
                 "would not fit; go on there, or pass --overwrite to start again"
             )
 
-    def _open(self, index: int, streams: DualStream | None) -> tuple[Block, list[Event]]:
-        """Load a block and apply the transforms."""
+    def _open(self, index: int, streams: DualStream | None) -> tuple[Block, dict[str, Rotation], list[Event]]:
+        """Load a block and apply the transforms; return also how inputs of its layers are rotated while it runs."""
         with self.timed("load"):
             self.adapter.load_block(index)
             block = self.adapter.describe_block(index, trace_batch())
+            rotations, told = self.transforms.apply_(block, streams)
         events = _unread_events(block)
-        for transform in self.transforms:
-            events += transform.apply_(block, streams)
-        return block, events
+        return block, rotations, events + told
+
+    @contextmanager
+    def _rounding(self, block: Block) -> Iterator[None]:
+        """Round what the layers read, as in the finished model; the full-precision stream has passed the block before."""
+        wanted = {site: self.recipe.activation_spec(site.name) for site in block.sites}
+        handles = [
+            attach_input(block.module.get_submodule(site.path), InputScheme(activations=spec))
+            for site, spec in wanted.items()
+            if spec is not None
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _input_schemes(self, block: Block, rotations: Mapping[str, Rotation]) -> dict[str, InputScheme]:
+        """Return what is done to the inputs of layers while the finished model runs, by full path."""
+        activations = {site.path: self.recipe.activation_spec(site.name) for site in block.sites}
+        schemes = {path: InputScheme(rotations.get(path), activations.get(path)) for path in [*activations, *rotations]}
+        return {f"{block.name}.{path}": scheme for path, scheme in schemes.items() if scheme != InputScheme()}
 
     def _solve(
         self, block: Block, run: BlockRun | None, report: BlockReport, events: list[Event]

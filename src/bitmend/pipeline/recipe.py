@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError, model_validator
 
 from bitmend.errors import RecipeError, RequestError, nearest_name
+from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup
 from bitmend.numerics.qtensor import ObserverName, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
@@ -54,6 +55,19 @@ class WeightSection(_Section):
         else:
             dtype = getattr(torch, self.scale_dtype)
         return QuantSpec(UniformGrid(self.bits, self.symmetric), granularity, self.observer, dtype)
+
+
+class ActivationSection(_Section):
+    """How each token is rounded in front of the layers that are quantised, while the model runs."""
+
+    bits: StrictInt = Field(4, ge=2, le=8)
+    group_size: StrictInt = -1  # -1: one scale per token
+    symmetric: bool = True
+    clip_ratio: float = Field(1.0, gt=0, le=1)  # share of the largest magnitude that the grid covers
+
+    def spec(self) -> ActivationSpec:
+        """Return the grid of these keys."""
+        return ActivationSpec(self.bits, self.symmetric, self.group_size, self.clip_ratio)
 
 
 class OverrideSection(_Section):
@@ -123,6 +137,7 @@ class Recipe(_Section):
 
     name: str = "unnamed"
     weights: WeightSection = WeightSection()
+    activations: ActivationSection | None = None  # None: not rounded
     solver: dict[str, Any] = {"name": "gptq"}
     transforms: list[dict[str, Any]] = []
     overrides: list[OverrideSection] = []
@@ -154,6 +169,12 @@ class Recipe(_Section):
                 skip = override.skip
                 keys.update(changed)
         return None if skip else WeightSection(**keys).spec(model_dtype)
+
+    def activation_spec(self, site: str) -> ActivationSpec | None:
+        """Return how the input of one site is rounded, or None when it is not, or an override skips the site."""
+        if self.activations is None or self.scheme(site, torch.bfloat16) is None:
+            return None
+        return self.activations.spec()
 
     def to_toml(self) -> str:
         """Return the recipe as a TOML file that reads back as the same recipe."""
@@ -278,6 +299,7 @@ def _section_keys(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the section at `location`."""
     sections: dict[str, type[BaseModel]] = {
         "weights": WeightSection,
+        "activations": ActivationSection,
         "overrides": OverrideSection,
         "calibration": CalibrationSection,
         "embedding": EndSection,

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,18 @@ from torch import Tensor
 from bitmend.errors import CheckpointError, RequestError, ResumeError
 from bitmend.formats.folder_lock import FolderLock
 from bitmend.formats.integrity import check_folder
-from bitmend.formats.manifest import ManifestEntry, spec_from_json, spec_to_json
+from bitmend.formats.manifest import ManifestEntry, input_from_json, input_to_json, spec_from_json, spec_to_json
 from bitmend.formats.native import read_site, site_tensors
 from bitmend.formats.record import TEMPORARY, read_record, write_json, write_record
 from bitmend.formats.safetensors_file import parse_json
 from bitmend.formats.writer import PARTS, CheckpointWriter, output_error, partial_folder
 from bitmend.numerics.qtensor import QTensor
+from bitmend.online import InputScheme
 from bitmend.pipeline.fingerprint import differences
 from bitmend.protocols import BlockReport, Event, RunReport, SiteReport, Solution, SolvedSite
 from bitmend.sites import Block
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 FOLDER, HEAD = "journal", "journal.json"
 SUFFIX = ".safetensors"
 START_AGAIN = "pass --overwrite to start again, or choose another output"
@@ -57,6 +58,7 @@ class QuantisedBlock:
         rest: all other tensors of the block by full tensor name.
         report: what `run.json` says of it.
         events: what the user must be told of it and its sites.
+        inputs: what is done to the inputs of its layers while the model runs, by full module name.
     """
 
     name: str
@@ -65,6 +67,7 @@ class QuantisedBlock:
     rest: dict[str, Tensor]
     report: BlockReport
     events: tuple[Event, ...] = ()
+    inputs: dict[str, InputScheme] = field(default_factory=dict)
 
     def entries(self) -> dict[str, ManifestEntry]:
         """Return the line of the manifest for each quantised matrix."""
@@ -165,6 +168,7 @@ class Journal:
             for name, entry in block.entries().items()
         }
         values = {"sites": described, "report": asdict(block.report), "events": _events_to_json(block.events)}
+        values["inputs"] = {name: input_to_json(scheme) for name, scheme in block.inputs.items()}
         self._writer.add(block.name, tensors, {**values, "seconds": self._seconds()})
         self.num_finished += 1
         self._num_sites = 0
@@ -418,7 +422,8 @@ def _part_of(
     sites = {name: _qtensor_of(tensors, name, about, device) for name, about in described.items()}
     kinds = {name: about["kind"] for name, about in described.items()}
     events = _events_from_json(values["events"])
-    block = QuantisedBlock(values["part"], sites, kinds, {}, _block_report(values["report"]), events)
+    inputs = {name: input_from_json(name, about) for name, about in values["inputs"].items()}
+    block = QuantisedBlock(values["part"], sites, kinds, {}, _block_report(values["report"]), events, inputs)
     return block, float(values["seconds"])
 
 

@@ -32,6 +32,7 @@ from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.numerics.granularity import num_groups
+from bitmend.online import InputScheme
 from bitmend.pipeline.ends import check_ends, quantise_ends
 from bitmend.pipeline.fingerprint import fingerprint_of
 from bitmend.pipeline.forecast import BatchShape
@@ -51,6 +52,7 @@ from bitmend.pipeline.plan import (
 from bitmend.pipeline.quantize import quantise_blocks, trace_batch
 from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.resume import Journal, check_partial, entry_of, finished_run, remove_leftovers
+from bitmend.pipeline.transforming import Transforms
 from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress, TokenBatch
 
 LONGEST_DEFAULT_SEQUENCE = 2048
@@ -147,7 +149,8 @@ def quantize(
         journal = _open_journal(writer, fingerprint, adapter.block_names, progress, resume=resume, overwrite=overwrite)
         with _keeping_work(writer, journal):
             activations = writer.partial / ACTIVATIONS if ahead.facts.on_disk else None
-            entries = _write_blocks(request, batches, report, progress, journal, activations)
+            transforms = Transforms(adapter, plan.build_transforms(), trace_batch())
+            entries, inputs = _write_blocks(request, batches, report, progress, journal, activations, transforms)
             ends = quantise_ends(adapter, plan)
             for name, qtensor in ends.quantised.items():
                 entries[name] = entry_of(qtensor, ends.kinds[name])
@@ -156,7 +159,10 @@ def quantize(
             report.seconds["total"] = time.perf_counter() - started + report.seconds.get("before_resume", 0.0)
             report.peak_memory_bytes = peak_memory_bytes()
             report.status = "done"
-            config = quantization_config(entries, tied=ends.tied, provenance=_provenance(report))
+            inputs |= {name: InputScheme(rotation) for name, rotation in transforms.inputs.items()}
+            config = quantization_config(
+                entries, tied=ends.tied, provenance=_provenance(report), inputs=inputs, outputs=transforms.outputs
+            )
             documents = {"recipe.toml": plan.to_toml(), "README.md": HOW_TO_LOAD}
             writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
     return report
@@ -218,12 +224,18 @@ def _write_blocks(
     progress: Progress,
     journal: Journal,
     activations: Path | None,
-) -> dict[str, ManifestEntry]:
-    """Quantise the blocks that are not finished, write each at once, and return the manifest's lines for all blocks."""
+    transforms: Transforms,
+) -> tuple[dict[str, ManifestEntry], dict[str, InputScheme]]:
+    """Quantise the blocks that are not finished, write each at once, and return the manifest's lines for all blocks.
+
+    That is for each module how it is quantised, and what is done to its input while the model runs.
+    """
     entries: dict[str, ManifestEntry] = {}
+    inputs: dict[str, InputScheme] = {}
     for index in range(journal.num_finished):
         block = journal.read_block(index, request.device)
         entries |= block.entries()
+        inputs |= block.inputs
         report.blocks.append(block.report)
         report.events += block.events
     blocks = quantise_blocks(
@@ -235,12 +247,14 @@ def _write_blocks(
         device=request.device,
         directory=activations,
         journal=journal,
+        transforms=transforms,
     )
     with closing(blocks):
         for block in blocks:
             journal.keep_block(block)
             entries |= block.entries()
-    return entries
+            inputs |= block.inputs
+    return entries, inputs
 
 
 def _open_journal(
@@ -344,7 +358,8 @@ class _Request:
         target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
         # The writer checks again; this answer comes before the model is opened.
         check_output(folder, target, overwrite, resumable=True, resume=resume)
-        if needs_rows and plan.build_solver().needs and not calibration:
+        asking = bool(plan.build_solver().needs) or any(part.needs_rows for part in plan.build_transforms())
+        if needs_rows and asking and not calibration:
             raise RequestError(
                 f"the recipe {plan.name!r} needs calibration data, but none came; "
                 "pass --calibration FILE (text, .jsonl, .npy)"
@@ -408,6 +423,9 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
             spec = recipe.scheme(name, adapter.dtype)
             if spec is not None:
                 num_groups(spec.granularity, width)
+            activations = recipe.activation_spec(name)
+            if activations is not None:
+                activations.check_width(width)
         except RecipeError as error:
             raise RecipeError(f"{name}: {error}") from error
     for override in recipe.overrides:

@@ -1,0 +1,78 @@
+"""Rounding of activations while the model runs: each token to a grid of its own.
+
+Nothing is stored: the scale of a token (or of a group of its features) is computed from its own values and used at once.
+What a layer then reads are the values of the grid's levels, in the dtype of the model: integer kernels compute the same
+products from codes and scales.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitmend.errors import RecipeError
+from bitmend.numerics.granularity import divisors_text
+from bitmend.numerics.uniform import UniformGrid
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How the tokens that a layer reads are rounded, dynamically.
+
+    Attributes:
+        bits: 2 to 8.
+        symmetric: without a zero point: the largest magnitude of a group decides its scale; else its range does.
+        group_size: features that share a scale; -1 for the whole token.
+        clip_ratio: share of the largest magnitude (or of the range) that the grid covers; what lies outside goes to its ends.
+    """
+
+    bits: int
+    symmetric: bool = True
+    group_size: int = -1
+    clip_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"activation bits must be a whole number from 2 to 8; got {self.bits}")
+        if not 0 < self.clip_ratio <= 1:
+            raise RecipeError(f"activation clip_ratio must lie above 0 and be at most 1; got {self.clip_ratio}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise RecipeError(f"activation group_size must be -1 (a whole token) or positive; got {self.group_size}")
+
+    def check_width(self, width: int) -> None:
+        """Check that the groups fit.
+
+        Raises:
+            RecipeError: a group size that does not divide `width`; the sentence names the divisors.
+        """
+        if self.group_size != -1 and width % self.group_size:
+            raise RecipeError(
+                f"activation group_size must divide the width of the input; got {self.group_size} for {width} features, "
+                f"whose divisors are {divisors_text(width)}; choose one, or -1 for one scale per token"
+            )
+
+    def round(self, values: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        """Return the nearest levels of each token's own grid, computed in float32, in the dtype of `values`.
+
+        A group of zeros stays zero. NaN and Inf make their whole group NaN, so that they are seen behind the layer.
+
+        Raises:
+            RecipeError: a group size that does not divide the width.
+        """
+        width = values.shape[-1]
+        self.check_width(width)
+        size = width if self.group_size == -1 else self.group_size
+        grid = UniformGrid(self.bits, self.symmetric)
+        groups = values.float().reshape(*values.shape[:-1], width // size, size)
+        if self.symmetric:
+            scale = groups.abs().amax(-1, keepdim=True) * (self.clip_ratio / grid.max_code)
+            zero_point = None
+        else:
+            # The range always holds 0, which is then a level of its own.
+            low = groups.amin(-1, keepdim=True).clamp(max=0) * self.clip_ratio
+            high = groups.amax(-1, keepdim=True).clamp(min=0) * self.clip_ratio
+            scale = (high - low) / (grid.max_code - grid.min_code)
+            zero_point = grid.min_code - torch.round(low / torch.where(scale == 0, 1.0, scale))
+        levels = grid.nearest_levels(groups, scale, zero_point)
+        return (levels * scale).reshape(values.shape).to(values.dtype)

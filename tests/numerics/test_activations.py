@@ -1,0 +1,82 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitmend.errors import RecipeError
+from bitmend.numerics.activations import ActivationSpec
+
+
+def test_by_hand():
+    # Largest magnitude 7 over 7 levels: steps of 1. 2.6 -> 3, -0.4 -> 0.
+    values = torch.tensor([[7.0, 2.6, -0.4, -7.0], [0.0, 0.0, 0.0, 0.0]])
+    assert ActivationSpec(4).round(values).tolist() == [[7.0, 3.0, 0.0, -7.0], [0.0, 0.0, 0.0, 0.0]]
+    # Two groups of two, each with steps of its own: 7 / 7, then 0.7 / 7.
+    rounded = ActivationSpec(4, group_size=2).round(torch.tensor([7.0, 2.6, 0.7, -0.24]))
+    assert torch.allclose(rounded, torch.tensor([7.0, 3.0, 0.7, -0.2]))
+    # Clipped to half: steps of 0.5, and what lies beyond 3.5 (or -4, the lowest code) goes to the end.
+    assert ActivationSpec(4, clip_ratio=0.5).round(torch.tensor([7.0, -7.0, 1.1])).tolist() == [3.5, -4.0, 1.0]
+    # From 0 to 15 with a zero point: steps of 1, all 16 levels on one side.
+    assert ActivationSpec(4, symmetric=False).round(torch.tensor([15.0, 0.0, 6.4])).tolist() == [15.0, 0.0, 6.0]
+
+
+@given(st.integers(2, 8), st.booleans(), st.sampled_from([-1, 4]), st.integers(0, 100))
+def test_laws(bits, symmetric, group_size, seed):
+    spec = ActivationSpec(bits, symmetric, group_size)
+    values = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(seed))
+    rounded = spec.round(values)
+    groups, levels = (
+        values.reshape(3, 2, -1, 8 if group_size == -1 else 4),
+        rounded.reshape(3, 2, -1, 8 if group_size == -1 else 4),
+    )
+    # At most 2^bits levels a group; no value moves by more than half a step; a token does not depend on its neighbours.
+    reach = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
+    if not symmetric:
+        reach = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / (2**bits - 1)
+    # A zero point is a whole number, so that the ends of the range may move by half a step more.
+    slack = 0.5001 if symmetric else 1.0001
+    assert bool(((groups - levels).abs().amax(-1) <= slack * reach + 1e-7).all())
+    assert all(len(torch.unique(group)) <= 2**bits for group in levels.reshape(-1, levels.shape[-1]))
+    assert torch.equal(spec.round(values[1:2]), rounded[1:2])
+    # A power of two passes through.
+    assert torch.equal(spec.round(values * 8), rounded * 8)
+    assert torch.equal(spec.round(-values), -rounded) or not symmetric
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_on_the_grid_stays(symmetric):
+    spec = ActivationSpec(4, symmetric)
+    once = spec.round(torch.randn(50, 16))
+    assert torch.allclose(spec.round(once), once, rtol=0, atol=1e-6)
+
+
+def test_dtype_is_kept_and_computed_in_float32():
+    values = torch.randn(4, 16).bfloat16()
+    rounded = ActivationSpec(8).round(values)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, ActivationSpec(8).round(values.float()).bfloat16())
+
+
+def test_nothing_that_is_not_finite_is_hidden():
+    for bad in (float("nan"), float("inf")):
+        rounded = ActivationSpec(4).round(torch.tensor([[1.0, bad], [1.0, 0.5]]))
+        assert not bool(rounded[0].isfinite().all())
+        assert bool(rounded[1].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"bits": 1}, "bits must be a whole number from 2 to 8; got 1"),
+        ({"bits": 4, "clip_ratio": 0.0}, "clip_ratio must lie above 0"),
+        ({"bits": 4, "group_size": 0}, "group_size must be -1"),
+    ],
+)
+def test_impossible_grids_are_refused(keys, message):
+    with pytest.raises(RecipeError, match=message):
+        ActivationSpec(**keys)
+
+
+def test_a_group_size_that_does_not_fit_names_the_divisors():
+    with pytest.raises(RecipeError, match=r"got 5 for 8 features, whose divisors are 1, 2, 4, 8"):
+        ActivationSpec(4, group_size=5).round(torch.zeros(2, 8))
