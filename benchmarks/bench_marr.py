@@ -58,6 +58,9 @@ def run(options, method, draw):
     keys = {"weights.bits": options.bits, "weights.group_size": options.group_size, "calibration.seed": draw}
     keys |= {"calibration.sequences": options.sequences, "calibration.sequence_length": options.length}
     keys |= {"calibration.held_out": options.held_out, "calibration.two_streams": True, **extra}
+    keys["transforms"] = [{"name": name} for name in options.transforms]
+    if options.activation_bits is not None:
+        keys |= {"activations.bits": options.activation_bits, "activations.clip_ratio": options.clip_ratio}
     folder = options.output / "model"
     started = time.perf_counter()
     rows = [assets.path("books-calibration")]
@@ -145,6 +148,9 @@ def main():
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=float, default=0.25)
+    parser.add_argument("--transforms", nargs="*", default=[])
+    parser.add_argument("--activation-bits", type=int)
+    parser.add_argument("--clip-ratio", type=float, default=0.9)
     parser.add_argument("--windows", type=int, default=160)
     parser.add_argument("--texts", nargs="+", default=["books-validation"])
     parser.add_argument("--methods", nargs="*", default=list(METHODS))

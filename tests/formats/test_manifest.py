@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 
 from bitmend.errors import CheckpointError, RequestError
 from bitmend.formats.manifest import Manifest, ManifestEntry, quantization_config, spec_from_json, spec_to_json
+from bitmend.linalg.hadamard import Rotation
+from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
+from bitmend.online import InputScheme
 
 SPEC = QuantSpec(UniformGrid(4, True), PerGroup(32), "mse", torch.bfloat16)
 
@@ -65,7 +68,7 @@ def test_what_no_file_can_say_is_refused():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 2, "has format_version 2, this release reads 1"),
+        (["format_version"], 3, "has format_version 3, this release reads up to 2"),
         (["format_version"], True, "needs 'format_version' to be of type int; got True"),
         (["schemes"], {}, "needs 'schemes' to be of type list"),
         (["schemes", 0], 4, r"each of quantization_config\.schemes must be a table"),
@@ -112,3 +115,69 @@ def test_a_scheme_of_the_same_shapes_is_told_by_the_seal():
         Manifest.from_json(config)
     del config["seal"]  # as older versions wrote it
     assert Manifest.from_json(config).modules["m"].spec.granularity == PerGroup(20, ragged=True)
+
+
+# ------------------------------------------------------------------------------------------------ activations
+INPUTS = {
+    "layers.0.down": InputScheme(Rotation(12, None, 2), ActivationSpec(4, False, 8, 0.9)),
+    "layers.0.up": InputScheme(None, ActivationSpec(8)),
+    "norm": InputScheme(Rotation(16, 2**70, 1, True)),
+}
+
+
+def online_config():
+    manifest = Manifest({"a": ManifestEntry(SPEC, (8, 32))}, inputs=INPUTS, outputs={"embed": Rotation(16, 3)})
+    return manifest, json.loads(json.dumps(manifest.to_json()))
+
+
+def test_what_is_done_to_activations_survives_json():
+    manifest, config = online_config()
+    assert config["format_version"] == 2  # so that readers that know nothing of it refuse
+    assert Manifest.from_json(config) == manifest
+    plain = Manifest({"a": ManifestEntry(SPEC, (8, 32))}).to_json()
+    assert plain["format_version"] == 1
+    assert "inputs" not in plain
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("inputs", "norm"), {}, "must be a table of rotation or activations"),
+        (("inputs", "norm"), {"rotation": {"size": 4}}, "'inner' to be of type int"),
+        (("inputs", "norm", "rotation", "size"), 0, "must rotate 1 to"),
+        (("inputs", "norm", "rotation", "size"), 2**40, "must rotate 1 to"),
+        (("inputs", "norm", "rotation", "inner"), -1, "must rotate 1 to"),
+        (("inputs", "norm", "rotation", "seed"), 1.5, "must say size, seed, inner"),
+        (("inputs", "norm", "rotation", "more"), 1, "must say size, seed, inner"),
+        (("inputs", "norm", "rotation", "transposed"), 1, "'transposed' to be of type bool"),
+        (("inputs", "layers.0.up", "activations", "bits"), 1, r"at layers\.0\.up is impossible: activation bits"),
+        (("inputs", "layers.0.up", "activations", "clip_ratio"), 1, "'clip_ratio' to be of type float"),
+        (("inputs", "layers.0.up", "activations", "clip_ratio"), float("nan"), "clip_ratio must lie above 0"),
+        (("outputs", "embed"), {"activations": {"bits": 4}}, "of type bool"),
+        (("inputs",), [], "'inputs' to be of type dict"),
+    ],
+)
+def test_hostile_activations_are_refused(place, value, message):
+    _, config = online_config()
+    del config["seal"]
+    table = config
+    for key in place[:-1]:
+        table = table[key]
+    table[place[-1]] = value
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(config)
+
+
+def test_outputs_are_rotated_and_nothing_else():
+    _, config = online_config()
+    del config["seal"]
+    config["outputs"]["embed"] = config["inputs"]["layers.0.down"]
+    with pytest.raises(CheckpointError, match="must hold a rotation and nothing else"):
+        Manifest.from_json(config)
+
+
+def test_changed_activations_break_the_seal():
+    _, config = online_config()
+    config["inputs"]["layers.0.up"]["activations"]["bits"] = 4
+    with pytest.raises(CheckpointError, match="their seal differs"):
+        Manifest.from_json(config)

@@ -551,9 +551,9 @@ def test_a_damaged_head_is_refused(run_tiny, stopped, tmp_path, content):
 def test_a_journal_of_another_version_is_refused(run_tiny, stopped, tmp_path):
     stopped(9)
     path = tmp_path / "out.partial" / "journal" / "journal.json"
-    path.write_text(path.read_text().replace('"journal_version": 1', '"journal_version": 2'))
+    path.write_text(path.read_text().replace('"journal_version": 2', '"journal_version": 1'))
     with pytest.raises(
-        ResumeError, match="has journal_version 2, this release of bitmend goes on with 1; go on with the"
+        ResumeError, match="has journal_version 1, this release of bitmend goes on with 2; go on with the"
     ):
         run_tiny(resume=True)
 

@@ -407,7 +407,7 @@ def _solving(facts: Facts, site: SiteShape, square: float) -> dict[str, float]:
 
 def _proving(facts: Facts, site: SiteShape, square: float) -> float:
     """`OutputMeter`: in float32, with G in float32; where codes are wide, once more in float64."""
-    pull = SINGLE * site.entries * (facts.moments > 1)
+    pull = float(SINGLE * site.entries * (facts.moments > 1))
     single = PROOF_MATRICES * SINGLE * site.entries + square * SINGLE / DOUBLE
     in_double = site.spec is not None and site.spec.grid.bits >= PROOF_IN_DOUBLE
     return pull + (PROOF_MATRICES * DOUBLE * site.entries if in_double else single)
