@@ -52,6 +52,11 @@ METHODS = {
 }
 
 
+def model_folder(name):
+    """Return a model of the assets, or the folder itself."""
+    return Path(name) if Path(name).is_dir() else assets.path(name)
+
+
 def run(options, method, draw):
     """Quantise and score one method on one draw."""
     recipe, extra = METHODS[method]
@@ -64,12 +69,13 @@ def run(options, method, draw):
     folder = options.output / "model"
     started = time.perf_counter()
     rows = [assets.path("books-calibration")]
-    report = bitmend.quantize(assets.path(options.model), recipe, rows, output=folder, overrides=keys, overwrite=True)
+    model = model_folder(options.model)
+    report = bitmend.quantize(model, recipe, rows, output=folder, overrides=keys, overwrite=True)
     seconds = time.perf_counter() - started
     scores = bitmend.evaluate(
         [folder],
         texts=[assets.path(text) for text in options.texts],
-        reference=assets.path(options.model),
+        reference=model,
         windows=options.windows,
     ).models[0]
     sites = [site for block in report.blocks for site in block.sites]
