@@ -403,7 +403,7 @@ def _show_run(report: Any) -> None:
 
 
 def _show_ledger(model: str, account: Any) -> None:
-    from bitmend.report.summary import ledger_rows, scheme_rows
+    from bitmend.report.summary import ledger_rows, online_rows, scheme_rows
     from bitmend.report.terminal import print_table
 
     header, rows = ledger_rows(account)
@@ -411,3 +411,6 @@ def _show_ledger(model: str, account: Any) -> None:
     header, rows = scheme_rows(account)
     if rows:
         print_table("schemes", header, rows)
+    header, rows = online_rows(account)
+    if rows:
+        print_table("activations", header, rows)

@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from bitmend.errors import CheckpointError, RecipeError, RequestError
 from bitmend.formats.compressed_tensors import CompressedTensors
+from bitmend.formats.ledger import ledger
 from bitmend.formats.load import load
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
@@ -106,6 +107,19 @@ def test_manifest_says_what_runs(run_tiny, tmp_path):
     assert inputs["model.layers.1.mlp.down_proj"] == InputScheme(Rotation(24))  # rotated, though in full precision
     assert inputs["model.layers.0.self_attn.v_proj"] == InputScheme(None, rounding)
     assert "model.layers.0.self_attn.k_proj" not in inputs
+
+
+def test_the_ledger_counts_what_runs_and_books_no_bytes_for_it(run_tiny, tmp_path):
+    run_tiny(keys=W4A4)
+    run_tiny(output="plain")
+    account, plain = ledger(tmp_path / "out"), ledger(tmp_path / "plain")
+    assert account.online == {
+        "rotation of 4 x 4 features": 2,
+        "rotation of 24 features": 2,
+        "activations of 4 bits, symmetric, one scale for a token, clipped to 0.9": 14,
+    }
+    assert plain.online == {}
+    assert account.bits_per_weight == plain.bits_per_weight
 
 
 def test_resume_is_bit_identical(run_tiny, tmp_path, monkeypatch):

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 
 from bitmend.evaluate.results import EvaluationReport, ModelResult, TextResult
 from bitmend.formats.ledger import CATEGORIES, Ledger, LedgerRow
+from bitmend.linalg.hadamard import Rotation
+from bitmend.numerics.activations import ActivationSpec
 from bitmend.protocols import BlockReport, Event, RunReport, SiteReport
-from bitmend.report.summary import MOST_EVENTS, evaluation_rows, ledger_rows, run_lines, scheme_rows
+from bitmend.report.summary import MOST_EVENTS, evaluation_rows, ledger_rows, online_rows, run_lines, scheme_rows
 
 
 def run_report(sites, events=()):
@@ -129,6 +133,16 @@ def test_a_plain_model_has_no_bits_of_quantised_layers():
     _, rows = ledger_rows(account)
     assert [row[0] for row in rows] == ["norms", "header", "file", "bits per weight, whole model"]
     assert scheme_rows(account)[1] == []
+
+
+def test_online_rows_say_what_runs(account):
+    assert online_rows(account)[1] == []
+    steps = {str(Rotation(4, inner=2)): 3, str(ActivationSpec(4, False, 8, 0.9)): 7, str(Rotation(16, 1, 1, True)): 1}
+    assert online_rows(replace(account, online=steps))[1] == [
+        ["rotation of 4 x 2 features", "3"],
+        ["activations of 4 bits, with zero points, one scale for 8 features, clipped to 0.9", "7"],
+        ["rotation of 16 features, undone", "1"],
+    ]
 
 
 def test_scheme_rows_group_by_width(account):

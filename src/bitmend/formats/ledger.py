@@ -8,6 +8,7 @@ over the number of the model's original parameters). The header of a file is cou
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from bitmend.formats.manifest import QUANT_METHOD, Manifest
 from bitmend.formats.read_awq import awq_layers
 from bitmend.formats.read_compressed_tensors import GROUPS, SHAPE, bits_of
 from bitmend.formats.safetensors_file import Header, TensorRecord, copy_chunks, expect_record, parse_json, read_header
+from bitmend.online import InputScheme
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
 
 # Of quantised modules, then of the rest, then of the file. `masks`, `indices` and `side` belong to layouts with more
@@ -72,6 +74,7 @@ class Ledger:
         quantised_weights: parameters in quantised modules, without biases.
         format: what config.json calls it: `bitmend`, `gptq`, `gptq_v2`, `awq`, `compressed-tensors` or another tool's
             name; `unquantised` when it calls it nothing.
+        online: what is done to activations while the model runs, in words -> at how many modules. Takes no bytes.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -80,6 +83,7 @@ class Ledger:
     parameters: int
     quantised_weights: int
     format: str = "unquantised"
+    online: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -103,6 +107,7 @@ class Ledger:
             "parameters": self.parameters,
             "quantised_weights": self.quantised_weights,
             "bits": dict(self.bits),
+            "online": dict(self.online),
             "modules": [
                 {
                     "name": row.name,
@@ -182,7 +187,7 @@ def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: 
             account.extra += record.numel
             account.book(_category(name, record), bits)
     account_of_all = _closed(accounts, quantised, headers)
-    return replace(account_of_all, format=_format_name(described))
+    return replace(account_of_all, format=_format_name(described), online=_online(described))
 
 
 def _used_bits(category: str, module: str, codes: _Codes, records: Mapping[str, TensorRecord], stored: int) -> int:
@@ -258,6 +263,15 @@ def _quantised_modules(headers: Mapping[str, Header], config: Mapping[str, Any],
     if config.get("quant_method") == "compressed-tensors":
         return _compressed_tensors_modules(headers, config, folder)
     return {}
+
+
+def _online(config: Mapping[str, Any]) -> dict[str, int]:
+    if config.get("quant_method") != QUANT_METHOD:
+        return {}
+    manifest = Manifest.from_json(config)
+    schemes = [*manifest.inputs.values(), *(InputScheme(rotation) for rotation in manifest.outputs.values())]
+    steps = [step for scheme in schemes for step in (scheme.rotation, scheme.activations) if step is not None]
+    return dict(Counter(map(str, steps)))
 
 
 def _compressed_tensors_modules(

@@ -47,6 +47,10 @@ class Rotation:
             raise ValueError(f"a rotation needs a size and an inner width of at least 1; got {self.size}, {self.inner}")
         object.__setattr__(self, "_factors", factors(self.size))
 
+    def __str__(self) -> str:
+        across = f" x {self.inner}" if self.inner > 1 else ""
+        return f"rotation of {self.size}{across} features{', undone' if self.transposed else ''}"
+
     @property
     def inverse(self) -> "Rotation":
         """The rotation that undoes this one."""

@@ -40,6 +40,12 @@ class ActivationSpec:
         if self.group_size != -1 and self.group_size < 1:
             raise RecipeError(f"activation group_size must be -1 (a whole token) or positive; got {self.group_size}")
 
+    def __str__(self) -> str:
+        shared = "a token" if self.group_size == -1 else f"{self.group_size} features"
+        clipped = "" if self.clip_ratio == 1 else f", clipped to {self.clip_ratio:g}"
+        kind = "symmetric" if self.symmetric else "with zero points"
+        return f"activations of {self.bits} bits, {kind}, one scale for {shared}{clipped}"
+
     def check_width(self, width: int) -> None:
         """Check that the groups fit.
 

@@ -84,6 +84,11 @@ def ledger_rows(account: Ledger) -> tuple[list[str], list[list[str]]]:
     return ["where the bytes are", "bytes", "share"], rows
 
 
+def online_rows(account: Ledger) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what is done to activations while the model runs."""
+    return ["while the model runs", "modules"], [[what, str(count)] for what, count in account.online.items()]
+
+
 def scheme_rows(account: Ledger) -> tuple[list[str], list[list[str]]]:
     """Return header and rows that group the quantised modules by width of code."""
     widths = sorted({row.code_bits for row in account.rows if row.code_bits is not None})
