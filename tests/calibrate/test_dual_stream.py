@@ -309,3 +309,19 @@ def test_hooks_are_gone_afterwards(folder):
     run.moments(DOWN_PROJ, ALL)
     assert not any(module._forward_pre_hooks for module in run.block.module.modules())
     assert isinstance(run, BlockStreams)
+
+
+def test_largest_inputs_are_of_real_tokens_of_the_fit_split(folder):
+    streams = opened(folder("llama"), BATCHES["ragged"])
+    streams.adapter.load_block(0)
+    block = streams.adapter.describe_block(0, full_batch(0))
+    paths = ["self_attn.q_proj", "mlp.down_proj"]
+    found = streams.largest_inputs(block, paths)
+    run = BlockRun(streams, block, keep_inputs=True)
+    for path, group in zip(paths, (0, DOWN_PROJ), strict=True):
+        stored = run.fp_inputs[group]
+        wanted = torch.cat(
+            [real_tokens(stored[n], batch) for n, (batch, held_out) in enumerate(BATCHES["ragged"]) if not held_out]
+        )
+        assert torch.equal(found[path], wanted.abs().amax(0))
+    run.close()
