@@ -112,3 +112,15 @@ def test_the_rotations_of_a_block_come_off(tiny_model):
     assert len(down._forward_pre_hooks) == 1
     transforms.release_block()
     assert not down._forward_pre_hooks
+
+
+def test_massive_features_do_not_hide_what_a_block_adds(tiny, tmp_path):
+    model = tiny.build().bfloat16()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 3000.0  # as in large language models; blocks add about 1
+    folder = tiny.save(tmp_path / "massive", model)
+    transforms, block = begun(folder, QuaRot())
+    transforms.apply_(block, None)
+    transforms, block = begun(folder, Spoils(factor=1.5))
+    with pytest.raises(ModelError, match="Spoils must keep"):
+        transforms.apply_(block, None)

@@ -18,6 +18,7 @@ from bitmend.sites import Block
 
 # Largest error of what a part computes, over its size, that rounding to its dtype explains; a wrong rotation gives about 1.
 # Models compute norms and softmax in float32, whatever their dtype.
+SMALL = 0.05  # size of the numbers that blocks are proved on
 SLACK = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -99,7 +100,7 @@ class Transforms:
             return inputs, events
         given = self._adapter.block_inputs(self._batch)
         wiring = self._adapter.wiring_of(block, self._batch)
-        hidden = given.hidden if self._rotation is None else self._rotation.inverse.apply(given.hidden)
+        hidden = _small_numbers_like(given.hidden)
 
         def added(hidden: Tensor) -> Tensor:
             return self._adapter.run_block(block.index, hidden, given) - hidden
@@ -122,6 +123,16 @@ class Transforms:
         for handle in self._on_block:
             handle.remove()
         self._on_block.clear()
+
+
+def _small_numbers_like(hidden: Tensor) -> Tensor:
+    """Return normal random numbers, small beside what blocks add.
+
+    A real residual stream has a few features a thousand times larger than what one block adds; rounded to bfloat16, their sum
+    would hide whether that stays the same. Norms make the same of small numbers.
+    """
+    draw = torch.Generator().manual_seed(0)
+    return (torch.randn(hidden.shape, generator=draw) * SMALL).to(hidden)
 
 
 def _attach(module: nn.Module, done: Transformed) -> list[RemovableHandle]:
