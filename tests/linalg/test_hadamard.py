@@ -82,6 +82,11 @@ def test_signs_are_the_same_for_ever():
     assert abs(float(random_signs(10_000, 1).sum())) < 400
 
 
+def test_a_size_from_a_hostile_file_costs_nothing_before_it_is_applied(monkeypatch):
+    monkeypatch.setattr("bitmend.linalg.hadamard.factors", lambda size: pytest.fail("computed"))
+    Rotation(2**20 - 1, 5).inverse  # noqa: B018  # its Hartley matrix would take 8 TB
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"a rotation of 4 x 2 must divide the width; got 12"):
         Rotation(4, inner=2).apply(torch.zeros(12))

@@ -4,7 +4,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bitmend.errors import ModelError, RecipeError
+from bitmend.errors import ModelError, NumericsError, RecipeError
 from bitmend.linalg.hadamard import Rotation
 from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.pipeline.transforming import Transforms
@@ -65,6 +65,18 @@ def test_a_transform_that_does_not_keep_the_function_is_refused(tiny_model):
         ModelError, match=r"Spoils must keep what model\.layers\.0 computes, but changes it by 0\.0\d+ of"
     ):
         transforms.apply_(block, None)
+
+
+def test_a_weight_that_is_not_finite_is_named_and_no_transform_blamed(tiny_model):
+    for name, what in (
+        ("mlp.up_proj", r"weight of model\.layers\.0\.mlp\.up_proj"),
+        ("input_layernorm", "input_layernorm.weight"),
+    ):
+        transforms, block = begun(tiny_model, QuaRot())
+        with torch.no_grad():
+            block.module.get_submodule(name).weight.view(-1)[3] = float("nan")
+        with pytest.raises(NumericsError, match=f"{what} must be finite, but"):
+            transforms.apply_(block, None)
 
 
 def test_an_inexact_transform_is_not_asked_to(tiny_model):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmend.calibrate.dual_stream import DualStream
-from bitmend.errors import CalibrationError
+from bitmend.errors import CalibrationError, RecipeError
 from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.protocols import TokenBatch
 from bitmend.transforms.smooth import Smooth
@@ -67,6 +67,12 @@ def test_features_that_are_never_read_or_weigh_nothing_are_left_alone():
     factors = Smooth()._factors(torch.tensor([0.0, 4.0, 4.0]), [layer])
     assert factors[:2].tolist() == [1.0, 1.0]
     assert float(factors[2]) != 1.0
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_impossible_strengths_are_refused(strength):
+    with pytest.raises(RecipeError, match="strength must lie between 0 and 1; got"):
+        Smooth(strength)
 
 
 def test_rows_are_needed(smoothed, tiny, tmp_path):

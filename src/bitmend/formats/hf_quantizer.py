@@ -10,7 +10,7 @@ Experts that transformers packs into one parameter are taken apart as they were 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +144,12 @@ def swap_modules_(model: nn.Module, manifest: Manifest, dtype: torch.dtype | Non
     Raises:
         CheckpointError: a module that does not exist, or has another shape or kind than the manifest says.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules())
-    is_inner = not any(name in modules for name in manifest.modules)
-    swapped = {}
-    for name, entry in manifest.modules.items():
-        path = name.removeprefix(prefix) if is_inner else name
-        if path in modules:
-            _replace(model, path, _packed_module(path, modules[path], entry, dtype))
-            swapped[name] = path
-        elif not is_inner or name.startswith(prefix):
-            raise CheckpointError(f"the checkpoint quantises {name}, which {type(model).__name__} does not have")
+    swapped = _paths_in(model, manifest.modules, "quantises")
+    for name, path in swapped.items():
+        _replace(model, path, _packed_module(path, modules[path], manifest.modules[name], dtype))
     for head, table in manifest.tied.items():
-        if head not in modules and is_inner:
+        if head not in modules and _prefix_to_drop(model, manifest.modules):
             continue
         if head not in modules or layer_kind(modules[head]) != "linear":
             raise CheckpointError(f"the checkpoint ties {head} to {table}, but {head} is no linear layer of this model")
@@ -176,19 +169,9 @@ def attach_online_(model: nn.Module, manifest: Manifest) -> dict[str, str]:
     Raises:
         CheckpointError: a module that does not exist, or whose width does not suit what is to be done to it.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules())
-    named = [*manifest.inputs, *manifest.outputs]
-    is_inner = bool(named) and not any(name in modules for name in named)
-    found = {}
-    for name in named:
-        path = name.removeprefix(prefix) if is_inner else name
-        if path not in modules:
-            if is_inner and not name.startswith(prefix):
-                continue
-            raise CheckpointError(
-                f"the checkpoint changes activations at {name}, which {type(model).__name__} does not have"
-            )
+    found = _paths_in(model, [*manifest.inputs, *manifest.outputs], "changes activations at")
+    for name, path in found.items():
         module = modules[path]
         if name in manifest.inputs:
             _check_width(name, manifest.inputs[name], _features_read(module))
@@ -196,7 +179,31 @@ def attach_online_(model: nn.Module, manifest: Manifest) -> dict[str, str]:
         if name in manifest.outputs:
             _check_width(name, InputScheme(manifest.outputs[name]), _features_given(module))
             attach_output(module, manifest.outputs[name])
-        found[name] = path
+    return found
+
+
+def _prefix_to_drop(model: nn.Module, names: Iterable[str]) -> str:
+    """Return what paths of the whole model have in front in this one, if it is the inner model alone; else nothing."""
+    modules = dict(model.named_modules())
+    whole = any(name in modules for name in names)
+    return "" if whole else f"{getattr(model, 'base_model_prefix', '')}."
+
+
+def _paths_in(model: nn.Module, names: Iterable[str], what: str) -> dict[str, str]:
+    """Return path in the manifest -> path in this model; modules around an inner model that is loaded alone are left out.
+
+    Raises:
+        CheckpointError: a module that does not exist; says `what` the checkpoint does to it.
+    """
+    names, modules = list(names), dict(model.named_modules())
+    prefix = _prefix_to_drop(model, names)
+    found = {}
+    for name in names:
+        path = name.removeprefix(prefix)
+        if path in modules:
+            found[name] = path
+        elif not prefix or name.startswith(prefix):
+            raise CheckpointError(f"the checkpoint {what} {name}, which {type(model).__name__} does not have")
     return found
 
 

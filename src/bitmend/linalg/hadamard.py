@@ -11,7 +11,7 @@ whose numbers may change from release to release.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -34,18 +34,19 @@ class Rotation:
         seed: of the random signs in front of the Hadamard matrix; None for no signs.
         inner: neighbouring numbers that are rotated alike.
         transposed: apply Q^T, which undoes Q, instead.
+
+    Cost: none until it is applied, so that a size from a file can be checked against the model first. The factors of a size
+    are kept then; an odd rest m takes m^2 numbers.
     """
 
     size: int
     seed: int | None = None
     inner: int = 1
     transposed: bool = False
-    _factors: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.inner < 1:
             raise ValueError(f"a rotation needs a size and an inner width of at least 1; got {self.size}, {self.inner}")
-        object.__setattr__(self, "_factors", factors(self.size))
 
     def __str__(self) -> str:
         across = f" x {self.inner}" if self.inner > 1 else ""
@@ -71,7 +72,7 @@ class Rotation:
         blocks = exact.reshape(-1, self.size, self.inner)
         if self.seed is not None and not self.transposed:
             blocks = blocks * self._signs(blocks)
-        blocks = _kronecker(blocks, self._factors, self.transposed)
+        blocks = _kronecker(blocks, factors(self.size), self.transposed)
         if self.seed is not None and self.transposed:
             blocks = blocks * self._signs(blocks)
         return blocks.reshape(values.shape).to(values.dtype)

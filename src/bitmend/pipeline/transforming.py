@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitmend.errors import ModelError, RecipeError
+from bitmend.errors import ModelError, NumericsError, RecipeError
 from bitmend.linalg.hadamard import Rotation
 from bitmend.online import InputScheme, attach_input, attach_output
+from bitmend.pipeline.per_site import finite_weight
 from bitmend.protocols import Calibrated, Event, ModelAdapter, ModelTransform, TokenBatch, Transform, Transformed
 from bitmend.sites import Block
 
@@ -92,12 +93,14 @@ class Transforms:
         Raises:
             RecipeError: two transforms rotate the same input.
             ModelError: a transform that this block does not bear, or that does not keep its function.
+            NumericsError: NaN or Inf in the weights of the block.
         """
         self.release_block()
         inputs: dict[str, Rotation] = {}
         events: list[Event] = []
         if not self._parts:
             return inputs, events
+        _refuse_not_finite(block)
         given = self._adapter.block_inputs(self._batch)
         wiring = self._adapter.wiring_of(block, self._batch)
         hidden = _small_numbers_like(given.hidden)
@@ -123,6 +126,17 @@ class Transforms:
         for handle in self._on_block:
             handle.remove()
         self._on_block.clear()
+
+
+def _refuse_not_finite(block: Block) -> None:
+    """Refuse a block that would spoil the proof, before a transform gets the blame."""
+    for site in block.sites:
+        finite_weight(site, block)
+    for name, tensor in block.module.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise NumericsError(
+                f"the tensor {block.name}.{name} must be finite, but holds NaN or Inf; nothing was saved"
+            )
 
 
 def _small_numbers_like(hidden: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitmend.errors import CalibrationError
+from bitmend.errors import CalibrationError, RecipeError
 from bitmend.protocols import TRANSFORMS, Calibrated, Transformed
 from bitmend.sites import Block, Wiring, read_matrix, scale_norm_, write_matrix_
 
@@ -38,6 +38,10 @@ class Smooth:
     norms: bool = True
     values: bool = True
     gated: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise RecipeError(f"smooth: strength must lie between 0 and 1; got {self.strength}")
 
     def apply_(self, block: Block, wiring: Wiring, streams: Calibrated | None) -> Transformed:
         """Smooth a block.
