@@ -23,11 +23,11 @@ BATCHES = [(batch(1, masked=True), False), (batch(3), False), (batch(2, masked=T
 
 @pytest.fixture
 def opened(tiny, tmp_path):
-    def open_(family="llama", directory=None):
+    def open_(family="llama", directory=None, keep_wide=False):
         folder = tmp_path / family
         if not folder.exists():
             tiny.build(family).save_pretrained(folder)
-        return DualStream(HfCausalLm.open(folder), BATCHES, directory=directory, device=CPU)
+        return DualStream(HfCausalLm.open(folder), BATCHES, directory=directory, device=CPU, keep_wide=keep_wide)
 
     return open_
 
@@ -69,14 +69,14 @@ def computed(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ nothing changes
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_it_changes_no_bit(tiny, opened, monkeypatch, tmp_path, on_disk, subtests):
+@pytest.mark.parametrize(("on_disk", "keep_wide"), [(False, False), (True, False), (False, True)])
+def test_it_changes_no_bit(tiny, opened, monkeypatch, tmp_path, on_disk, keep_wide, subtests):
     for family in (*tiny.families, *tiny.expert_families):
         with subtests.test(family=family):
             with monkeypatch.context() as patch:
                 patch.setattr(KeptResults, "result", lambda self, key, position, arguments, compute: compute())
                 anew = whole_block(opened(family))
-            kept = whole_block(opened(family, tmp_path / "activations" if on_disk else None))
+            kept = whole_block(opened(family, tmp_path / "activations" if on_disk else None, keep_wide))
             assert len(kept) == len(anew)
             assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
 
@@ -89,6 +89,12 @@ def test_everything_in_a_llama_block_is_computed_once_but_for_its_wide_layers(op
         *((key, position) for position in range(3) for key in (*narrow, "attention 0")),
         *(("self_attn", position) for position in range(3)),
     ]
+
+
+def test_wide_layers_are_computed_once_where_there_is_room(opened, computed):
+    whole_block(opened(keep_wide=True))
+    for layer in ("mlp.gate_proj", "mlp.up_proj"):
+        assert [key for key in computed if key[0] == layer] == [(layer, position) for position in range(3)]
 
 
 CHANGES = {
@@ -255,6 +261,7 @@ def test_solved_modules_of_a_llama_block(opened):
         ("self_attn",),  # up and gate are wider than the block's input
         ("self_attn", "mlp"),
     ]
+    assert solved_modules(block, 3, wide=True) == ("self_attn", "mlp.gate_proj", "mlp.up_proj")
 
 
 def test_planned_runs_of_a_llama_block(opened):
@@ -270,6 +277,11 @@ def test_planned_runs_of_a_llama_block(opened):
         PlannedRun(narrow + hidden, True, sizes["o_proj"]),
         PlannedRun(hidden, False, wide),
         PlannedRun(hidden, False, wide + sizes["down_proj"]),
+    )
+    given = sum(site.shape[0] for site in block.groups[2].sites)
+    assert planned_runs(block, wide=True)[3:] == (
+        PlannedRun(hidden + given, False, wide),
+        PlannedRun(hidden + given, False, sizes["down_proj"]),
     )
 
 

@@ -14,7 +14,18 @@ from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.pipeline import machine, run
 from bitmend.pipeline import plan as module
 from bitmend.pipeline.forecast import forecast
-from bitmend.pipeline.plan import Baseline, Limits, asked_batches, cost_of, duration, gather_facts, lacks, settle, size
+from bitmend.pipeline.plan import (
+    AMPLE_SHARE,
+    Baseline,
+    Limits,
+    asked_batches,
+    cost_of,
+    duration,
+    gather_facts,
+    lacks,
+    settle,
+    size,
+)
 from bitmend.pipeline.recipe import load_recipe
 from bitmend.protocols import Need, Solution
 
@@ -37,7 +48,7 @@ class Said:
 def facts(tiny_model):
     """512 rows of 12 tokens, so that activations are most of what is counted."""
     found = run.plan(tiny_model, "gptaq", overrides={**KEYS, "calibration.sequences": 512}).facts
-    return replace(found, held_bytes=0, opening_bytes=0)
+    return replace(found, held_bytes=0, opening_bytes=0, keep_wide=False)
 
 
 def at(memory, disk=10**12, device=None):
@@ -139,6 +150,27 @@ def test_it_fits(facts, tmp_path):
     found = settle(facts, at(10**12), tmp_path / "out")
     assert not found.facts.on_disk
     assert not found.spilled
+
+
+def test_wide_results_are_kept_only_where_memory_is_ample(facts, tmp_path):
+    wide = replace(facts, keep_wide=True)
+    enough = int(forecast(wide).host_bytes_ahead / AMPLE_SHARE) + 1
+    found = settle(facts, at(enough), tmp_path / "out")
+    assert found.facts == wide
+    last_runs = [
+        next(one for one in made.stages if one.name == "quantised forward")
+        for made in (found.forecast, forecast(facts))
+    ]
+    kept, fewer = (one.host["kept results"] for one in last_runs)
+    layers = sum(site.out for site in facts.blocks[0].sites if site.out > facts.hidden)
+    assert kept - fewer == facts.tokens * facts.dtype_bytes * layers > 0  # what is kept is counted
+    for others, limits in (
+        (facts, at(enough - 8)),
+        (facts, Limits(None, None, None)),
+        (replace(facts, on_disk=True), at(10**12)),
+        (replace(facts, on_device=True), at(10**12, device=10**12)),
+    ):
+        assert not settle(others, limits, tmp_path / "out").facts.keep_wide
 
 
 def test_unknown_limits_are_no_limits(facts, tmp_path):

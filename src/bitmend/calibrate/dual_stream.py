@@ -62,6 +62,7 @@ class DualStream:
         directory: Path | None = None,
         device: torch.device,
         full_precision_of_all: bool = True,
+        keep_wide: bool = False,
     ) -> None:
         """Embed all rows.
 
@@ -72,8 +73,10 @@ class DualStream:
             device: where blocks run.
             full_precision_of_all: take all rows through the full-precision network, else only those that are held out (all
                 where none are).
+            keep_wide: keep the results of wide layers inside a block as well (`kept_results.py`).
         """
         self.adapter = adapter
+        self.keep_wide = keep_wide
         self.device = device
         self._directory = directory
         self.batches: list[StreamedBatch] = []
@@ -188,7 +191,7 @@ class BlockRun:
         """
         self.streams = streams
         self.block = block
-        self._kept = KeptResults(block, streams.new_store, streams.device)
+        self._kept = KeptResults(block, streams.new_store, streams.device, wide=streams.keep_wide)
         self._experts = ExpertInputs(block, streams.new_store, rare_experts or RareExperts(), keep_inputs=keep_inputs)
         self.fp_inputs = [
             streams.new_store() if keep_inputs and group.expert is None else None for group in block.groups

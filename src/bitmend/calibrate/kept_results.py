@@ -8,8 +8,8 @@ A result is given again only for the same arguments, told by two sums over the b
 parameters, told by torch's count of their changes. So nothing has to be known of how the block is wired.
 
 Memory: a stream of activations for each result, in memory or on disk as the others are. Results inside a module whose own
-result is kept are let go. Of single layers only those are kept whose result is no wider than the block's input; the others
-(the wide layers of an MLP) are computed once more, because what they give would take more memory than all the rest.
+result is kept are let go. Of single layers whose result is wider than the block's input (those of an MLP) what they give
+takes more memory than all the rest: it is kept where the caller says that there is room (`wide`), else computed once more.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +42,10 @@ class _Kept:
 class KeptResults:
     """Results of one block in the quantised network."""
 
-    def __init__(self, block: Block, new_store: Callable[[], ActivationStore], device: torch.device) -> None:
-        self._block, self._new_store, self._device = block, new_store, device
+    def __init__(
+        self, block: Block, new_store: Callable[[], ActivationStore], device: torch.device, *, wide: bool = False
+    ) -> None:
+        self._block, self._new_store, self._device, self._wide = block, new_store, device, wide
         self._kept: dict[str, _Kept] = {}
         self._modules: tuple[str, ...] = ()
         self._running: list[str] = []
@@ -62,7 +64,7 @@ class KeptResults:
             inside = self._kept[key].inside
             if any(key.startswith(f"{path}.") or f"{inside}.".startswith(f"{path}.") for path in whole):
                 self._kept.pop(key).results.close()
-        self._modules = tuple(whole) if self._last else solved_modules(self._block, group_index)
+        self._modules = tuple(whole) if self._last else solved_modules(self._block, group_index, wide=self._wide)
 
     @contextmanager
     def of_batch(self, position: int) -> Iterator[None]:
@@ -145,23 +147,23 @@ class _AttentionCalls(TorchFunctionMode):
         )
 
 
-def solved_modules(block: Block, group_index: int) -> tuple[str, ...]:
+def solved_modules(block: Block, group_index: int, *, wide: bool = False) -> tuple[str, ...]:
     """Return the largest modules of a block all of whose sites lie in the groups before `group_index`.
 
-    Single layers among them only where their result is no wider than the block's input. Experts are no part of it: they are
-    run by rows of their own (`experts.py`).
+    Single layers among them only where their result is no wider than the block's input, or where `wide` ones are wanted.
+    Experts are no part of it: they are run by rows of their own (`experts.py`).
     """
     leaves = _leaves(block)
     # All layers with a weight count, also those that are skipped or never ran: such a module is not finished with.
     solved = {site.path for group in block.groups[:group_index] if group.expert is None for site in group.sites}
     width = block.groups[0].sites[0].shape[1]
-    narrow = {path for path in solved if leaves[path] <= width}
+    kept = {path for path in solved if wide or leaves[path] <= width}
     found: list[str] = []
     for path, module in block.module.named_modules():
         if not path or any(path.startswith(f"{parent}.") for parent in found):
             continue
         inside = {f"{path}.{name}" if name else path for name, part in module.named_modules() if _holds_matrix(part)}
-        if inside and inside <= solved and (path not in leaves or path in narrow):
+        if inside and inside <= solved and (path not in leaves or path in kept):
             found.append(path)
     return tuple(found)
 
@@ -230,8 +232,8 @@ class PlannedRun:
     multiplied: int
 
 
-def planned_runs(block: Block) -> tuple[PlannedRun, ...]:
-    """Return the runs before each group and the last one.
+def planned_runs(block: Block, *, wide: bool = False) -> tuple[PlannedRun, ...]:
+    """Return the runs before each group and the last one, with or without the results of wide layers.
 
     A module's result is taken to be as wide as the block's input, as in every transformer, and attention to be a part of the
     first module that is solved as a whole.
@@ -241,7 +243,7 @@ def planned_runs(block: Block) -> tuple[PlannedRun, ...]:
     before: tuple[str, ...] = ()
     for index in range(len(block.groups) + 1):
         last = index == len(block.groups)
-        now = before if last else solved_modules(block, index)
+        now = before if last else solved_modules(block, index, wide=wide)
         let_go_next = [path for path in before if path not in now]
         computed = [
             site.shape[0] * site.shape[1]

@@ -79,6 +79,7 @@ class BlockShape:
         site_bytes: of those that are quantised, loaded.
         forward: what one pass takes; None without calibration rows.
         runs: in the quantised network, before each group and the last one; empty where nothing is kept from run to run.
+        wide_runs: the same where results of wide layers are kept, too.
     """
 
     count: int
@@ -87,6 +88,7 @@ class BlockShape:
     site_bytes: int
     forward: ForwardCost | None = None
     runs: tuple[PlannedRun, ...] = ()
+    wide_runs: tuple[PlannedRun, ...] = ()
 
     @property
     def sites(self) -> tuple[SiteShape, ...]:
@@ -133,6 +135,7 @@ class Facts:
         keep_inputs: the inputs of all groups in the full-precision network are stored.
         on_disk: activations are kept on disk.
         on_device: blocks run on a device with memory of its own.
+        keep_wide: results of wide layers are kept from run to run.
         widened: products of the layers are taken in float32 (`numerics/products.py`).
         held_bytes: what the process held above its baseline when the forecast was made, tensors outside the blocks apart.
         opening_bytes: the most that it had held above its baseline until then: a tokenizer at work on the calibration texts
@@ -153,6 +156,7 @@ class Facts:
     keep_inputs: bool
     on_disk: bool = False
     on_device: bool = False
+    keep_wide: bool = False
     widened: bool = False
     held_bytes: int = 0
     opening_bytes: int = 0
@@ -180,6 +184,10 @@ class Facts:
     def runs_in_full_precision(self, batch: BatchShape) -> bool:
         """Whether a batch travels through the full-precision network."""
         return self.keep_inputs or batch.held_out or not self.has_held_out
+
+    def runs_of(self, block: BlockShape) -> tuple[PlannedRun, ...]:
+        """Return a block's runs in the quantised network."""
+        return block.wide_runs if self.keep_wide else block.runs
 
     @property
     def full_precision_share(self) -> float:
@@ -317,8 +325,9 @@ def _stores(facts: Facts, block: BlockShape, *, inputs: bool, before: int | None
     if inputs and facts.keep_inputs:
         widths = sum(group[0].width for group in block.groups)
         streams["group inputs"] = float(facts.tokens * widths * facts.dtype_bytes)
-    if before is not None and block.forward is not None and block.runs:
-        run = block.runs[before]
+    runs = facts.runs_of(block)
+    if before is not None and block.forward is not None and runs:
+        run = runs[before]
         each = run.kept * facts.dtype_bytes + run.attention * block.forward.attention_bytes
         streams["kept results"] = float(facts.tokens * each)
     return streams

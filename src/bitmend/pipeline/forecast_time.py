@@ -53,7 +53,8 @@ def _passes(facts: Facts, block: BlockShape) -> float:
     """Seconds of all passes: whole ones of both networks, and one up to each group, in which attention is kept."""
     if block.forward is None:
         return 0.0
-    runs = sum(run.multiplied for run in block.runs) / max(1, _macs(block)) if facts.moments and block.runs else 1.0
+    planned = facts.runs_of(block)
+    runs = sum(run.multiplied for run in planned) / max(1, _macs(block)) if facts.moments and planned else 1.0
     return sum(
         (facts.runs_in_full_precision(batch) + runs) * _layers(block.forward, block, batch.tokens)
         + _whole(facts, batch) * _attention(block.forward, block, batch.tokens, batch.length)

@@ -33,6 +33,8 @@ from bitmend.protocols import ModelAdapter, Need, TokenBatch
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
 TIMED_MACS = 4e9
 TOKENS_PER_BATCH = 2048
+# Results of wide layers are kept where the whole run then takes no more than this share of the memory that is there.
+AMPLE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], 
             site_bytes=sum(tensor.nbytes for name, tensor in tensors.items() if name in quantised),
             forward=measure_forward(adapter, index, timed) if with_rows else None,
             runs=planned_runs(block) if with_rows and block.groups else (),
+            wide_runs=planned_runs(block, wide=True) if with_rows and block.groups else (),
         )
     finally:
         adapter.release_block(index)
@@ -276,11 +279,12 @@ def limits_at(output: Path, device: torch.device) -> Limits:
 
 
 def settle(facts: Facts, limits: Limits, output: Path) -> Plan:
-    """Decide where activations go.
+    """Decide where activations go, and whether there is memory to spare for products that need not be taken twice.
 
     Raises:
         RequestError: the run fits neither way; the sentence says what would make it fit.
     """
+    facts = replace(facts, keep_wide=_ample(replace(facts, keep_wide=True), limits))
     made = forecast(facts)
     if lacks(facts, made, limits) is None:
         return Plan(facts, made, limits)
@@ -289,6 +293,13 @@ def settle(facts: Facts, limits: Limits, output: Path) -> Plan:
     if lacks(facts, made, limits) == "memory" and facts.batches and lacks(spilled, on_disk, limits) is None:
         return Plan(spilled, on_disk, limits, spilled=True, in_memory_bytes=made.host_bytes_ahead)
     raise RequestError(_refusal(facts, made, limits, output))
+
+
+def _ample(facts: Facts, limits: Limits) -> bool:
+    """Return whether a run takes a small share of the host's memory; not where products are taken on a device."""
+    if limits.memory is None or not facts.batches or facts.on_disk or facts.on_device:
+        return False
+    return forecast(facts).host_bytes_ahead <= AMPLE_SHARE * limits.memory
 
 
 def lacks(facts: Facts, made: Forecast, limits: Limits) -> str | None:

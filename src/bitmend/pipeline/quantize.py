@@ -37,6 +37,7 @@ def quantise_blocks(
     directory: Path | None = None,
     journal: Journal | None = None,
     transforms: Transforms | None = None,
+    keep_wide: bool = False,
 ) -> Generator[QuantisedBlock, None, None]:
     """Quantise a model block by block and yield each finished block, from the first that `journal` does not hold.
 
@@ -51,6 +52,7 @@ def quantise_blocks(
         journal: what an earlier process has finished; gets each site as soon as it is solved. The blocks that are yielded
             are for the caller to write.
         transforms: of the recipe; None makes them here. They begin here, even if no block is left.
+        keep_wide: keep what wide layers give from run to run; takes memory, saves products, changes no result.
 
     Raises:
         NumericsError: NaN or Inf in a weight, in a layer's input or in a block's output.
@@ -90,7 +92,12 @@ def quantise_blocks(
     if batches:
         with loop.timed("embed"):
             streams = DualStream(
-                adapter, batches, directory=directory, device=device, full_precision_of_all=loop.keep_inputs
+                adapter,
+                batches,
+                directory=directory,
+                device=device,
+                full_precision_of_all=loop.keep_inputs,
+                keep_wide=keep_wide,
             )
     try:
         if journal is not None and streams is not None and first:

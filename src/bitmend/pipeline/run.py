@@ -150,7 +150,9 @@ def quantize(
         with _keeping_work(writer, journal):
             activations = writer.partial / ACTIVATIONS if ahead.facts.on_disk else None
             transforms = Transforms(adapter, plan.build_transforms(), trace_batch())
-            entries, inputs = _write_blocks(request, batches, report, progress, journal, activations, transforms)
+            entries, inputs = _write_blocks(
+                request, batches, report, progress, journal, activations, transforms, ahead.facts.keep_wide
+            )
             ends = quantise_ends(adapter, plan)
             for name, qtensor in ends.quantised.items():
                 entries[name] = entry_of(qtensor, ends.kinds[name])
@@ -225,6 +227,7 @@ def _write_blocks(
     journal: Journal,
     activations: Path | None,
     transforms: Transforms,
+    keep_wide: bool,
 ) -> tuple[dict[str, ManifestEntry], dict[str, InputScheme]]:
     """Quantise the blocks that are not finished, write each at once, and return the manifest's lines for all blocks.
 
@@ -248,6 +251,7 @@ def _write_blocks(
         directory=activations,
         journal=journal,
         transforms=transforms,
+        keep_wide=keep_wide,
     )
     with closing(blocks):
         for block in blocks:
