@@ -18,6 +18,7 @@ from bitmend.models.experts import (
     unpack_experts_,
 )
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.numerics.products import FastLinear
 
 PACKED_IN_FILES = ("granite-moe", "gpt-oss")
 
@@ -197,7 +198,7 @@ def replay(adapter, batch):
 def whole(folder, batch, implementation=None):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation).eval()
     mask = None if batch.mask is None else batch.mask.long()
-    with torch.no_grad():
+    with torch.no_grad(), FastLinear():  # products as blocks take them
         return model(batch.ids, attention_mask=mask).logits
 
 
@@ -218,7 +219,7 @@ def test_block_by_block_equals_the_unpacked_model_bit_for_bit(saved, expert_fami
     found = replay(adapter, ragged_rows)
     for index in range(3):
         adapter.load_block(index)
-    with torch.no_grad():
+    with torch.no_grad(), FastLinear():
         expected = adapter.model(ragged_rows.ids, attention_mask=ragged_rows.mask.long()).logits
     assert torch.equal(found, expected)
 
