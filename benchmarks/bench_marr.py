@@ -3,9 +3,9 @@
     python benchmarks/bench_marr.py --output out/marr --model books-7m --bits 3 --group-size -1 --draws 8 \\
         --texts books-eval wikitext2-test
 
-A draw is a seed: other calibration rows, another split. All methods of a draw see the same rows. Reported against `gptq` and
-against `gptaq` (0.25): the mean over draws of the difference in KL, with its 95 % interval by Student's t. Writes one
-JSON line a run as it goes (and goes on where it stopped), then table.md.
+A draw is a seed: other calibration rows, another split. All methods of a draw see the same rows. Reported against the
+methods that `--bases` names: the mean over draws of the difference in KL, with its 95 % interval by Student's t. Writes one
+JSON line a run as it goes (and goes on where it stopped), then table.md; with `--draws 0` only the table.
 """
 
 import argparse
@@ -50,6 +50,7 @@ METHODS = {
     "descent, no sweeps": ("descent", {"solver.sweeps": 0, "solver.rounds": 0}),
     "descent, no refit": ("descent", {"solver.rounds": 0}),
 }
+BASES = ("gptq", "gptaq 0.25")
 
 
 def model_folder(name):
@@ -106,14 +107,14 @@ def interval(differences):
     return mean, stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
 
 
-def table(results, texts):
+def table(results, texts, bases=BASES):
     """Return the Markdown table, best KL on the first text first."""
     by = {}
     for result in results:
         by.setdefault(result["method"], {})[result["draw"]] = result
     header = ["method", "draws", "held-out error"]
     for text in texts:
-        header += [f"KL {text}", "against gptq", "against gptaq 0.25", "perplexity"]
+        header += [f"KL {text}", *(f"against {base}" for base in bases), "perplexity"]
     header += ["mean strength", "passes", "solver s"]
     out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     order = sorted(by, key=lambda name: statistics.fmean(r[f"kl {texts[0]}"] for r in by[name].values()))
@@ -123,7 +124,7 @@ def table(results, texts):
         row = [name, str(len(draws)), f"{statistics.fmean(errors):.5f}" if errors else "-"]
         for text in texts:
             row.append(f"{statistics.fmean(r[f'kl {text}'] for r in draws.values()):.5f}")
-            for base in ("gptq", "gptaq 0.25"):
+            for base in bases:
                 pairs = [draws[d][f"kl {text}"] / by[base][d][f"kl {text}"] - 1 for d in draws if d in by.get(base, {})]
                 if name == base or not pairs:
                     row.append("-")
@@ -160,6 +161,7 @@ def main():
     parser.add_argument("--windows", type=int, default=160)
     parser.add_argument("--texts", nargs="+", default=["books-validation"])
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(METHODS), metavar="METHOD")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     lines = options.output / "results.jsonl"
@@ -172,7 +174,7 @@ def main():
         results.append(result)
         with lines.open("a") as file:
             file.write(json.dumps(result) + "\n")
-    text = table(results, options.texts)
+    text = table(results, options.texts, options.bases)
     (options.output / "table.md").write_text(text)
     print(text)
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_wide_results.py MODEL --recipes gptq gptaq --repeats 2
 
-Processor seconds of the whole call and of its phases, and the forecast of memory; the files must be equal byte for byte.
+Processor seconds of the whole call, and the forecast of its memory; the weights must be equal byte for byte.
 """
 
 import argparse
@@ -44,6 +44,8 @@ def main():
             pairs = []
             for _ in range(options.repeats):
                 again, kept = (run(options, recipe, share, Path(folder) / "out") for share in (0.0, 1.0))
+                if again[1].forecast["wide_results_kept"] or not kept[1].forecast["wide_results_kept"]:
+                    raise SystemExit("not enough memory to keep the results of wide layers")
                 if again[2] != kept[2]:
                     raise SystemExit(f"{recipe}: the files differ")
                 pairs.append((again, kept))

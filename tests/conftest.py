@@ -4,6 +4,8 @@ import importlib.util
 import os
 import random
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from bitmend.numerics.products import FastLinear
 from bitmend.protocols import SOLVERS, TRANSFORMS
 from bitmend.registry import Entry
 
@@ -92,6 +95,36 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2,000 words."""
     return Tiny.write_text(tmp_path_factory.mktemp("texts") / "words.txt", 2000)
+
+
+@contextmanager
+def _products_as_run(model: torch.nn.Module, names: Sequence[str]) -> Iterator[None]:
+    blocks = [model.get_submodule(name) for name in names]
+    forwards = [block.forward for block in blocks]
+
+    def fast(forward: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            with FastLinear():
+                return forward(*args, **options)
+
+        return run
+
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = fast(forward)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@pytest.fixture(scope="session")
+def products_as_run() -> Any:
+    """A context, given a whole model and the names of its blocks, in which its blocks multiply as blocks run one by one do.
+
+    On some kinds of CPU these products add up in another order than torch's own; what lies outside the blocks is torch's.
+    """
+    return _products_as_run
 
 
 @pytest.fixture

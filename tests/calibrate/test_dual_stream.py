@@ -6,7 +6,6 @@ import torch
 from bitmend.calibrate.dual_stream import BlockRun, DualStream, real_tokens
 from bitmend.errors import NumericsError
 from bitmend.models.hf_causal_lm import HfCausalLm
-from bitmend.numerics.products import FastLinear
 from bitmend.protocols import BlockStreams, Need, TokenBatch
 
 CPU = torch.device("cpu")
@@ -109,7 +108,7 @@ def test_streams_stay_equal_bit_for_bit_when_nothing_is_rounded(tiny, folder, ro
                 assert torch.equal(one, other)
 
 
-def test_full_precision_stream_is_that_of_the_whole_model(tiny, folder):
+def test_full_precision_stream_is_that_of_the_whole_model(tiny, folder, products_as_run):
     batches = BATCHES["ragged"]
     streams = opened(folder("llama"), batches)
     for index in range(2):
@@ -117,8 +116,7 @@ def test_full_precision_stream_is_that_of_the_whole_model(tiny, folder):
     model = tiny.build("llama")
     for (tokens, _), hidden, rounded in zip(batches, streams.x_fp, streams.x_q, strict=True):
         mask = None if tokens.mask is None else tokens.mask.long()
-        # Products as the streams take them: torch's own may add up in another order, by the kind of CPU.
-        with torch.no_grad(), FastLinear():
+        with torch.no_grad(), products_as_run(model, streams.adapter.block_names):
             expected = model(tokens.ids, attention_mask=mask, use_cache=False).logits
         assert torch.equal(streams.adapter.logits(hidden, tokens), expected)
         assert not torch.equal(streams.adapter.logits(rounded, tokens), expected)

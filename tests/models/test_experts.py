@@ -18,7 +18,6 @@ from bitmend.models.experts import (
     unpack_experts_,
 )
 from bitmend.models.hf_causal_lm import HfCausalLm
-from bitmend.numerics.products import FastLinear
 
 PACKED_IN_FILES = ("granite-moe", "gpt-oss")
 
@@ -198,7 +197,7 @@ def replay(adapter, batch):
 def whole(folder, batch, implementation=None):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation).eval()
     mask = None if batch.mask is None else batch.mask.long()
-    with torch.no_grad(), FastLinear():  # products as blocks take them
+    with torch.no_grad():
         return model(batch.ids, attention_mask=mask).logits
 
 
@@ -214,12 +213,12 @@ def test_block_by_block_is_the_models_own_forward(saved, expert_family, rows, dt
     assert (found - expected).abs().max() <= slack
 
 
-def test_block_by_block_equals_the_unpacked_model_bit_for_bit(saved, expert_family, ragged_rows):
+def test_block_by_block_equals_the_unpacked_model_bit_for_bit(saved, expert_family, ragged_rows, products_as_run):
     adapter = HfCausalLm.open(saved(expert_family))
     found = replay(adapter, ragged_rows)
     for index in range(3):
         adapter.load_block(index)
-    with torch.no_grad(), FastLinear():
+    with torch.no_grad(), products_as_run(adapter.model, adapter.block_names):
         expected = adapter.model(ragged_rows.ids, attention_mask=ragged_rows.mask.long()).logits
     assert torch.equal(found, expected)
 

@@ -8,7 +8,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bitmend.models.hf_causal_lm import HfCausalLm
-from bitmend.numerics.products import FastLinear
 from bitmend.protocols import TokenBatch
 
 
@@ -22,15 +21,21 @@ def replay(adapter, batch):
     return adapter.logits(hidden, batch)
 
 
-def reference(folder, batch, **options):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    mask = None if batch.mask is None else batch.mask.long()
-    with torch.no_grad(), FastLinear():  # products as blocks take them: torch's own differ by the kind of CPU
-        return model(batch.ids, attention_mask=mask).logits
+@pytest.fixture
+def reference(products_as_run):
+    """The logits of the model that transformers loads from a folder."""
+
+    def logits(folder, batch, **options):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        mask = None if batch.mask is None else batch.mask.long()
+        with torch.no_grad(), products_as_run(model, HfCausalLm.open(folder).block_names):
+            return model(batch.ids, attention_mask=mask).logits
+
+    return logits
 
 
 @pytest.mark.parametrize("rows", ["full_rows", "ragged_rows"])
-def test_replay_equals_the_models_own_forward_bit_for_bit(saved, family_name, rows, request):
+def test_replay_equals_the_models_own_forward_bit_for_bit(saved, family_name, rows, request, reference):
     batch = request.getfixturevalue(rows)
     folder = saved(family_name)
     found = replay(HfCausalLm.open(folder), batch)
@@ -67,7 +72,7 @@ def test_padding_does_not_reach_real_tokens(saved, name, ragged_rows):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_bfloat16(saved, name, full_rows):
+def test_bfloat16(saved, name, full_rows, reference):
     folder = saved(name, dtype=torch.bfloat16)
     adapter = HfCausalLm.open(folder)
     assert adapter.dtype == torch.bfloat16
@@ -76,7 +81,7 @@ def test_bfloat16(saved, name, full_rows):
     assert torch.equal(found, reference(folder, full_rows))
 
 
-def test_another_dtype_than_the_models_own(saved, full_rows):
+def test_another_dtype_than_the_models_own(saved, full_rows, reference):
     folder = saved("llama", dtype=torch.bfloat16)
     found = replay(HfCausalLm.open(folder, dtype=torch.float32), full_rows)
     assert torch.equal(found, reference(folder, full_rows, dtype=torch.float32))
@@ -92,13 +97,13 @@ def test_dtype_of_the_files_when_the_config_has_none(saved, tmp_path):
     assert HfCausalLm.open(tmp_path).dtype == torch.bfloat16
 
 
-def test_sharded_checkpoint(saved, full_rows):
+def test_sharded_checkpoint(saved, full_rows, reference):
     folder = saved("llama", shard="4KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     assert torch.equal(replay(HfCausalLm.open(folder), full_rows), reference(folder, full_rows))
 
 
-def test_pickled_checkpoint(saved, tmp_path, full_rows):
+def test_pickled_checkpoint(saved, tmp_path, full_rows, reference):
     folder = saved("llama")
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -142,7 +147,7 @@ def test_loading_again_forgets_changes(saved):
     assert torch.equal(adapter.load_block(0).get_parameter("mlp.down_proj.weight"), before)
 
 
-def test_all_tensors_together_are_the_model(saved, family_name, tmp_path, full_rows):
+def test_all_tensors_together_are_the_model(saved, family_name, tmp_path, full_rows, reference):
     folder = saved(family_name)
     adapter = HfCausalLm.open(folder)
     tensors = dict(adapter.outside_tensors())
@@ -194,7 +199,7 @@ def test_tracing_leaves_no_hooks_and_changes_no_weight(saved, full_rows):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
 
 
-def test_dropout_is_off(saved, full_rows):
+def test_dropout_is_off(saved, full_rows, reference):
     folder = saved("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
     adapter = HfCausalLm.open(folder)
     assert torch.equal(replay(adapter, full_rows), reference(folder, full_rows))

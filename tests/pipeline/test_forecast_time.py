@@ -46,6 +46,15 @@ def test_a_later_group_runs_what_comes_before_it_again():
     assert seconds_of(replace(FACTS, blocks=(block,)), ENDLESS)["forward"] == pytest.approx(3 * 2.5 * 5.0)
 
 
+def test_results_of_wide_layers_that_are_kept_are_not_computed_again():
+    runs = (PlannedRun(0, False, 0), PlannedRun(32, True, SITE.entries), PlannedRun(32, True, 2 * SITE.entries))
+    wide = (*runs[:2], PlannedRun(32, True, SITE.entries))
+    block = replace(FACTS.blocks[0], groups=((SITE,), (SITE,)), runs=runs, wide_runs=wide)
+    facts = replace(FACTS, blocks=(block,))
+    once, again = (seconds_of(replace(facts, keep_wide=keep), ENDLESS)["forward"] for keep in (True, False))
+    assert (once, again) == (pytest.approx(3 * 2 * 5.0), pytest.approx(3 * 2.5 * 5.0))
+
+
 def test_moments_by_hand():
     rates = replace(ENDLESS, product=1e6)
     assert seconds_of(FACTS, rates)["moments"] == pytest.approx(3 * 2 * 100 * 64**2 / 1e6)

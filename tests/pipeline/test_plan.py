@@ -157,6 +157,7 @@ def test_wide_results_are_kept_only_where_memory_is_ample(facts, tmp_path):
     enough = int(forecast(wide).host_bytes_ahead / AMPLE_SHARE) + 1
     found = settle(facts, at(enough), tmp_path / "out")
     assert found.facts == wide
+    assert found.to_json()["wide_results_kept"]
     last_runs = [
         next(one for one in made.stages if one.name == "quantised forward")
         for made in (found.forecast, forecast(facts))

@@ -159,7 +159,7 @@ class HfCausalLm:
             arguments.append((rest, options))
             return self._form.wrap(passed)
 
-        with FastLinear(), self._detour(record):
+        with self._detour(record):
             getattr(self.model, "base_model", self.model)(**self._call(batch))
         return BlockInputs(hidden[0], tuple(arguments))
 
@@ -188,7 +188,7 @@ class HfCausalLm:
         def replace(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._form.wrap(hidden if index == last else split_hidden(args, kwargs)[0])
 
-        with FastLinear(), self._detour(replace):
+        with self._detour(replace):
             logits: Tensor = self.model(**self._call(batch)).logits
         return logits
 

@@ -99,6 +99,7 @@ class Plan:
             "seconds": made.seconds,
             "activations": "disk" if self.facts.on_disk else "memory",
             "spilled": self.spilled,
+            "wide_results_kept": self.facts.keep_wide,
             "available": asdict(self.limits),
             "stages": [asdict(stage) for stage in made.stages],
         }
