@@ -1,8 +1,9 @@
-"""The forecast beside what runs really take: three shapes, a model larger than its memory, and growth.
+"""The forecast beside what runs really take: three shapes, a model larger than its memory, growth, a block of an 8B model.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_forecast.py shapes --work out/forecast
     OMP_NUM_THREADS=1 python benchmarks/bench_forecast.py stream --work out/forecast
     OMP_NUM_THREADS=1 python benchmarks/bench_forecast.py growth --work out/forecast --plots docs/results
+    OMP_NUM_THREADS=2 python benchmarks/bench_forecast.py block --work out/forecast
 
 Each run is a process of its own. Another process reads its anonymous memory (RssAnon in /proc/PID/status) and the size of its
 partial folder every 50 ms; what it held after its imports is taken off. *Ahead* is what it takes after the forecast was made:
@@ -28,6 +29,7 @@ SHAPES = {
 }
 STREAMED = {"width": 1536, "intermediate": 4096, "blocks": 40, "heads": 12, "key_heads": 4, "shard_bytes": 400e6}
 GROWN = {"width": 128, "intermediate": 352, "blocks": 4, "heads": 4, "key_heads": 2}
+BLOCK = {"width": 4096, "intermediate": 14336, "blocks": 1, "heads": 32, "key_heads": 8}  # one of Llama-3-8B
 SECONDS_BETWEEN = 0.05
 CHILD = """
 import json, sys, time
@@ -180,6 +182,16 @@ def stream(work, _plots):
         print(f"{name}: {share:.3f} of the weights' bytes; below the forecast: {below}", flush=True)
 
 
+def block(work, _plots):
+    """One block of the shape of Llama-3-8B, 8,192 tokens, gptq and marr."""
+    model = write_model(work / "models" / "block", **BLOCK)
+    header()
+    for recipe in ("gptq", "marr"):
+        result = measure(work, f"block-{recipe}", model, recipe, keys_of(16, 512, **{"weights.group_size": 128}))
+        row(result)
+        print(json.dumps({phase: round(seconds, 1) for phase, seconds in result["phases"].items()}), flush=True)
+
+
 def growth(work, plots):
     """Time and memory against tokens, blocks and width, each with the slope that is expected."""
     import matplotlib as mpl
@@ -231,12 +243,12 @@ def _wide(width):
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("shapes", "stream", "growth"))
+    parser.add_argument("what", choices=("shapes", "stream", "growth", "block"))
     parser.add_argument("--work", type=Path, default=Path("out/forecast"))
     parser.add_argument("--plots", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     (options.work / "runs").mkdir(parents=True, exist_ok=True)
-    {"shapes": shapes, "stream": stream, "growth": growth}[options.what](options.work, options.plots)
+    {"shapes": shapes, "stream": stream, "growth": growth, "block": block}[options.what](options.work, options.plots)
 
 
 if __name__ == "__main__":

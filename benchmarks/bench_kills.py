@@ -14,7 +14,8 @@ What is compared: all files of OUTPUT by their bytes; run.json apart from `secon
 in `_seconds`. After each kill OUTPUT must not exist (be the older model, to the byte, where it is to be replaced) or be
 whole; at the end nothing may lie beside OUTPUT.
 
-The model may be any folder that bitmend quantises; `tiny` is a random llama of two blocks. Processes are forked from one
+The model may be any folder that bitmend quantises; `tiny` is a random llama of two blocks, `tiny-moe` a random Mixtral of two
+blocks with four experts, two for each token. Processes are forked from one
 that has made one run itself, so that everything is imported, with torch and the tokenizer on one thread.
 """
 
@@ -32,7 +33,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import bitmend
 from bitmend import assets
@@ -264,18 +273,22 @@ def attempt(request, seconds, operations, draw, tally, options, kill):
     return status
 
 
-def tiny_model(folder):
-    """Save a random llama of two blocks with a tokenizer, and a text of its words."""
+def tiny_model(folder, experts):
+    """Save a random model of two blocks, dense or of experts, with a tokenizer, and a text of its words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    if experts:
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model.save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
@@ -301,8 +314,8 @@ def request_of(options, place):
     if options.blocks:
         model = cut_to_blocks(assets.path(options.model), place / "source", options.blocks)
         text = assets.path("books-calibration")
-    elif options.model == "tiny":
-        model, text = tiny_model(place / "tiny")
+    elif options.model in ("tiny", "tiny-moe"):
+        model, text = tiny_model(place / "tiny", experts=options.model == "tiny-moe")
     else:
         model = Path(options.model) if Path(options.model).is_dir() else assets.path(options.model)
         text = Path(options.text) if options.text else assets.path("books-calibration")
@@ -312,7 +325,7 @@ def request_of(options, place):
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="books-7m", help="an asset, a folder, or `tiny`")
+    parser.add_argument("--model", default="books-7m", help="an asset, a folder, `tiny` or `tiny-moe`")
     parser.add_argument("--blocks", type=int, default=0, help="only the first blocks of an asset; 0 for all")
     parser.add_argument("--text", help="calibration text; books-calibration unless given")
     parser.add_argument("--recipe", default="gptq")

@@ -2,8 +2,9 @@
 
     python benchmarks/bench_profile.py --model books-7m --recipe gptq --bits 3 --sequences 128 --length 512
 
-Runs twice: plain for the clock (phases and parts by wall time), then under torch's profiler for the share of matrix
-products (aten::mm, addmm, bmm and fused attention, self time), because the profiler slows small operations down.
+Runs three times: to warm up, plain for the clock (phases and parts by wall time), then under torch's profiler for the share
+of matrix products (aten::mm, addmm, bmm, oneDNN's linear and fused attention, self time), because the profiler slows small
+operations down. `--profiler-only` is the last of these alone.
 """
 
 import argparse
@@ -20,7 +21,15 @@ from bitmend import assets, protocols
 from bitmend.linalg import moments, strength
 from bitmend.solvers import descent, gptaq, gptq
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv", "attention")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::addmv",
+    "mkldnn::_linear_pointwise",
+    "attention",
+)
 PARTS = (
     ("sweep", gptq, "round_columns"),
     ("sweep", gptaq, "round_columns"),
@@ -55,7 +64,9 @@ def main():
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--clock-only", action="store_true", help="without the third run, under the profiler")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--clock-only", action="store_true", help="without the run under the profiler")
+    which.add_argument("--profiler-only", action="store_true", help="only the run under the profiler")
     options = parser.parse_args()
     keys = {"weights.bits": options.bits, "calibration.sequences": options.sequences}
     keys["calibration.sequence_length"] = options.length
@@ -66,33 +77,48 @@ def main():
         rows = [assets.path("books-calibration")]
         return bitmend.quantize(model, options.recipe, rows, output=folder, overrides=keys)
 
-    parts = defaultdict(float)
+    words = f"{options.model}, {options.recipe}, {options.bits} bits, {options.sequences} x {options.length} tokens"
+    print(f"{words}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder) / "warm")
-        for name, module, attribute in PARTS:
-            setattr(module, attribute, timed(parts, name, getattr(module, attribute)))
-        report = run(Path(folder) / "plain")
-        total, spent_in = report.seconds["total"], dict(parts)
+        if not options.profiler_only:
+            show_clock(run, Path(folder))
         if not options.clock_only:
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                run(Path(folder) / "profiled")
-    print(
-        f"{options.model}, {options.recipe}, {options.bits} bits, {options.sequences} x {options.length} tokens, "
-        f"{torch.get_num_threads()} threads: {total:.1f} s"
-    )
-    for phase in ("embed", "load", "forward", "moments", "solve"):
+            show_products(run, Path(folder))
+
+
+def show_clock(run, folder):
+    """Run to warm up and once for the clock, and print where the time went."""
+    parts = defaultdict(float)
+    run(folder / "warm")
+    originals = [(module, attribute, getattr(module, attribute)) for _, module, attribute in PARTS]
+    for (name, module, attribute), (_, _, original) in zip(PARTS, originals, strict=True):
+        setattr(module, attribute, timed(parts, name, original))
+    report = run(folder / "plain")
+    for module, attribute, original in originals:
+        setattr(module, attribute, original)
+    total = report.seconds["total"]
+    print(f"{total:.1f} s")
+    phases = ("embed", "load", "forward", "moments", "solve")
+    for phase in phases:
         print(f"  {phase:<14}{report.seconds.get(phase, 0.0) / total:6.1%}")
-    rest = total - sum(report.seconds.get(phase, 0.0) for phase in ("embed", "load", "forward", "moments", "solve"))
+    rest = total - sum(report.seconds.get(phase, 0.0) for phase in phases)
     print(f"  {'open, write':<14}{rest / total:6.1%}")
     print("inside solve, and inside moments the factor's input:")
-    for name, spent in spent_in.items():
+    for name, spent in parts.items():
         print(f"  {name:<14}{spent / total:6.1%}")
-    if options.clock_only:
-        return
+
+
+def show_products(run, folder):
+    """Run under the profiler and print the share of matrix products, and what else took most."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run(folder / "profiled")
     events = profiler.key_averages()
     everything = sum(event.self_cpu_time_total for event in events)
     products = sum(event.self_cpu_time_total for event in events if any(name in event.key for name in PRODUCTS))
     print(f"matrix products: {products / everything:.1%} of the profiled time")
+    others = [event for event in events if not any(name in event.key for name in PRODUCTS)]
+    for event in sorted(others, key=lambda event: event.self_cpu_time_total, reverse=True)[:8]:
+        print(f"  {event.key:<40}{event.self_cpu_time_total / everything:6.1%}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import statistics
 TEXTS = ("books-eval", "wikitext2-test")
 PAIRS = (
     ("bitmend gptq", "gptqmodel gptq"),
-    ("bitmend gptq, nothing held out", "gptqmodel gptq"),
+    ("bitmend gptq, no proof, no search", "gptqmodel gptq"),
     ("bitmend gptaq", "gptqmodel gptaq"),
-    ("bitmend gptaq, nothing held out", "gptqmodel gptaq"),
+    ("bitmend gptaq, no proof, no search", "gptqmodel gptaq"),
 )
 MIB = 2**20
 
