@@ -14,11 +14,13 @@ from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.run import quantize
 from bitmend.protocols import RunReport
 from bitmend.report.comparison import Comparison
+from bitmend.runtime.packed_cache import PackedCache
 
 __all__ = [
     "Comparison",
     "EvaluationReport",
     "Ledger",
+    "PackedCache",
     "Recipe",
     "RunReport",
     "compare",

@@ -1,8 +1,9 @@
-"""What is done to activations at the door of a layer while the model runs: a rotation, then rounding.
+"""What is done to activations at the door of a layer, or of the attention, while the model runs: a rotation, then rounding.
 
 The same two steps run while a model is calibrated and in the model that is loaded from the output, attached to a module in
 the same way (`attach_input`, `attach_output`), so that what was solved for is what runs. They are hooks of torch, which
-leaves the modules of a model as they are.
+leaves the modules of a model as they are. What happens inside the attention is described here and attached in
+`models/attention.py`, which knows how models of transformers attend.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,49 @@ class InputScheme:
         if self.rotation is not None:
             values = self.rotation.apply(values)
         return values if self.activations is None else self.activations.round(values)
+
+
+@dataclass(frozen=True)
+class AttentionScheme:
+    """What happens to queries, keys and values behind the position embedding, and to the weights that attention gives them.
+
+    Each head of each token is rounded by itself. Keys and values are what a cache keeps.
+
+    Attributes:
+        rotation: of queries and keys, head by head; their products stay the same, and no feature of a key stands out (R3 of
+            SpinQuant, arXiv 2405.16406).
+        queries: how they are rounded, after the rotation.
+        keys: how they are rounded, after the rotation.
+        values: how they are rounded.
+        probabilities: how the weights of each query are rounded, from 0 on.
+    """
+
+    rotation: Rotation | None = None
+    queries: ActivationSpec | None = None
+    keys: ActivationSpec | None = None
+    values: ActivationSpec | None = None
+    probabilities: ActivationSpec | None = None
+
+    def of_queries(self, queries: Tensor) -> Tensor:
+        """Return what attention reads in place of the queries (..., head width)."""
+        return InputScheme(self.rotation, self.queries).apply(queries)
+
+    def of_keys(self, keys: Tensor) -> Tensor:
+        """Return what attention reads in place of the keys (..., head width)."""
+        return InputScheme(self.rotation, self.keys).apply(keys)
+
+    def of_values(self, values: Tensor) -> Tensor:
+        """Return what attention reads in place of the values (..., head width)."""
+        return InputScheme(activations=self.values).apply(values)
+
+    def steps(self) -> list[str]:
+        """Return each step in words."""
+        named = {name: getattr(self, name) for name in ("queries", "keys", "values", "probabilities")}
+        words = [] if self.rotation is None else [f"{self.rotation} of queries and keys"]
+        for name, spec in named.items():
+            if spec is not None:
+                words.append(str(spec).replace("activations", name, 1).replace("a token", "a head of a token", 1))
+        return words
 
 
 def attach_input(module: nn.Module, scheme: InputScheme) -> RemovableHandle:

@@ -19,7 +19,7 @@ from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.registry import Registry
 from bitmend.routing import ExpertTokens
-from bitmend.sites import Block, LinearSite, ModelEnds, Wiring
+from bitmend.sites import AttentionSite, Block, LinearSite, ModelEnds, Wiring
 
 ItemT = TypeVar("ItemT")
 
@@ -363,6 +363,18 @@ class ModelAdapter(Protocol):
 
     def wiring_of(self, block: Block, batch: TokenBatch) -> Wiring:
         """Return how the layers of a loaded block hang together; runs it on a few tokens some times."""
+        ...
+
+    def prepare_attention_(self) -> None:
+        """Let the model attend by a function that can round keys, values and attention.
+
+        Raises:
+            ModelError: it attends by itself.
+        """
+        ...
+
+    def attentions_of(self, block: Block, batch: TokenBatch) -> tuple[AttentionSite, ...]:
+        """Return where a loaded block attends; runs it on a few tokens. `prepare_attention_` comes first."""
         ...
 
     def ends(self, batch: TokenBatch) -> ModelEnds:

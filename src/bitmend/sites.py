@@ -226,6 +226,27 @@ class Block:
 
 
 @dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a block, whose queries, keys and values can be rounded.
+
+    Attributes:
+        name: the module's full path in the model, for example `model.layers.0.self_attn`.
+        path: the same inside its block.
+        heads: of the queries.
+        key_heads: of keys and values.
+        key_width: features of a head of queries and keys.
+        value_width: features of a head of values.
+    """
+
+    name: str
+    path: str
+    heads: int
+    key_heads: int
+    key_width: int
+    value_width: int
+
+
+@dataclass(frozen=True)
 class ValueHeads:
     """Two layers with nothing but attention between them: what the first gives reaches the second linearly, head by head.
 

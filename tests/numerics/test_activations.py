@@ -57,6 +57,39 @@ def test_dtype_is_kept_and_computed_in_float32():
     assert torch.equal(rounded, ActivationSpec(8).round(values.float()).bfloat16())
 
 
+@given(st.integers(2, 8), st.booleans(), st.sampled_from([-1, 4]), st.sampled_from([0.5, 0.9, 1.0]), st.integers(0, 50))
+def test_what_is_kept_comes_back_as_it_was_rounded(bits, symmetric, group_size, clip_ratio, seed):
+    spec = ActivationSpec(bits, symmetric, group_size, clip_ratio, scale_bits=16)
+    values = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 7 - 3)
+    values[0, 0] = values[0, 0].abs()  # all on one side: the whole range of codes is used
+    values[1, 1] = 0
+    kept = spec.encode(values)
+    assert kept.codes.dtype == torch.int8
+    assert kept.scale.dtype == torch.bfloat16
+    assert int(kept.codes.min()) >= -(2 ** (bits - 1))
+    assert int(kept.codes.max()) <= 2 ** (bits - 1) - 1
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = values.to(dtype)
+        assert torch.equal(spec.decode(spec.encode(inputs), dtype), spec.round(inputs))
+    # Sixteen bits for the scale move a value by no more than their rounding does.
+    fine = ActivationSpec(bits, symmetric, group_size, clip_ratio).round(values)
+    step = kept.scale.float().repeat_interleave(8 // kept.scale.shape[-1], -1)
+    assert bool(((spec.round(values) - fine).abs() <= step * (1.01 + 2**bits / 256)).all())
+
+
+def test_bits_of_what_is_kept_by_hand():
+    # Codes of 4 bits, a scale of 16 and a zero point of 8 for 64 features: 4 + 24 / 64.
+    assert ActivationSpec(4, symmetric=False, scale_bits=16).bits_per_value(64) == 4.375
+    assert ActivationSpec(4, group_size=32, scale_bits=16).bits_per_value(64) == 4.5
+
+
+def test_a_spoiled_token_stays_spoiled_when_it_is_kept():
+    spec = ActivationSpec(4, symmetric=False, scale_bits=16)
+    back = spec.decode(spec.encode(torch.tensor([[1.0, float("nan")], [1.0, 0.5]])), torch.float32)
+    assert not bool(back[0].isfinite().any())
+    assert bool(back[1].isfinite().all())
+
+
 def test_nothing_that_is_not_finite_is_hidden():
     for bad in (float("nan"), float("inf")):
         rounded = ActivationSpec(4).round(torch.tensor([[1.0, bad], [1.0, 0.5]]))

@@ -7,6 +7,7 @@ import torch
 
 from bitmend.errors import CheckpointError, RequestError
 from bitmend.evaluate.load import load_model
+from bitmend.runtime.packed_cache import cache_option, rounds_keys_and_values
 
 
 def generate_text(
@@ -50,6 +51,7 @@ def generate_text(
         )
     torch.manual_seed(seed)
     generator: Any = loaded.model
+    cache = cache_option(generator) if rounds_keys_and_values(generator) else {}
     choice = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():
         output = generator.generate(
@@ -58,6 +60,7 @@ def generate_text(
             max_new_tokens=tokens,
             pad_token_id=_pad_token(loaded.tokenizer),
             **choice,
+            **cache,
         )
     return str(loaded.tokenizer.decode(output[0], skip_special_tokens=True))
 

@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitmend.errors import CheckpointError, RecipeError
+from bitmend.errors import CheckpointError, ModelError, RecipeError
 from bitmend.formats.integrity import check_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.safetensors_file import TensorRecord
+from bitmend.models.attention import attach_attention, use_rounding_attention_
 from bitmend.models.experts import experts_of, unpack_experts_
+from bitmend.numerics.activations import ActivationSpec
 from bitmend.online import InputScheme, attach_input, attach_output
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
@@ -77,6 +79,7 @@ class BitmendQuantizer(HfQuantizer):
             records = check_files(files, manifest, verify=self.quantization_config.verify)
         swapped = swap_modules_(model, manifest, dtype)
         online = attach_online_(model, manifest)
+        attending = attach_attentions_(model, manifest)
         _forget_ties(model, swapped)
         if records is not None:
             _check_model(model, records)
@@ -87,6 +90,7 @@ class BitmendQuantizer(HfQuantizer):
             manifest.files,
             {online[name]: scheme for name, scheme in manifest.inputs.items() if name in online},
             {online[name]: rotation for name, rotation in manifest.outputs.items() if name in online},
+            {attending[name]: scheme for name, scheme in manifest.attentions.items() if name in attending},
         )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -126,6 +130,7 @@ def check_empty_model_(model: PreTrainedModel, manifest: Manifest, records: Mapp
     """
     _forget_ties(model, swap_modules_(model, manifest, None))
     attach_online_(model, manifest)
+    attach_attentions_(model, manifest)
     _check_model(model, records)
 
 
@@ -182,6 +187,37 @@ def attach_online_(model: nn.Module, manifest: Manifest) -> dict[str, str]:
     return found
 
 
+def attach_attentions_(model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
+    """Let the modules that the manifest names round what they attend with, whenever the model runs.
+
+    Returns:
+        Path in the manifest -> path in this model, as `swap_modules_` does.
+
+    Raises:
+        CheckpointError: a module that does not exist, whose heads do not suit what is to be done to them, or a model that
+            attends by itself.
+    """
+    found = _paths_in(model, manifest.attentions, "rounds keys and values at")
+    if not found:
+        return found
+    try:
+        use_rounding_attention_(model)
+    except ModelError as error:
+        raise CheckpointError(f"the checkpoint rounds keys and values, but {error}") from error
+    for name, path in found.items():
+        module, scheme = model.get_submodule(path), manifest.attentions[name]
+        width = getattr(module, "head_dim", None)  # where the module does not say, running it will
+        if isinstance(width, int) and scheme.rotation is not None and width % scheme.rotation.size:
+            raise CheckpointError(
+                f"the checkpoint rotates heads of {scheme.rotation.size} features at {name}, which has {width}"
+            )
+        for spec in (scheme.queries, scheme.keys, scheme.values):
+            if spec is not None and isinstance(width, int):
+                _check_groups(name, spec, width)
+        attach_attention(module, scheme)
+    return found
+
+
 def _prefix_to_drop(model: nn.Module, names: Iterable[str]) -> str:
     """Return what paths of the whole model have in front in this one, if it is the inner model alone; else nothing."""
     modules = dict(model.named_modules())
@@ -230,10 +266,14 @@ def _check_width(name: str, scheme: InputScheme, width: int | None) -> None:
             f"the checkpoint rotates {scheme.rotation.size} x {scheme.rotation.inner} features at {name}, which has {width}"
         )
     if scheme.activations is not None:
-        try:
-            scheme.activations.check_width(width)
-        except RecipeError as error:
-            raise CheckpointError(f"{name}: {error}") from error
+        _check_groups(name, scheme.activations, width)
+
+
+def _check_groups(name: str, spec: ActivationSpec, width: int) -> None:
+    try:
+        spec.check_width(width)
+    except RecipeError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def _packed_module(path: str, module: nn.Module, entry: ManifestEntry, dtype: torch.dtype | None) -> nn.Module:

@@ -270,8 +270,8 @@ def _online(config: Mapping[str, Any]) -> dict[str, int]:
         return {}
     manifest = Manifest.from_json(config)
     schemes = [*manifest.inputs.values(), *(InputScheme(rotation) for rotation in manifest.outputs.values())]
-    steps = [step for scheme in schemes for step in (scheme.rotation, scheme.activations) if step is not None]
-    return dict(Counter(map(str, steps)))
+    steps = [str(step) for scheme in schemes for step in (scheme.rotation, scheme.activations) if step is not None]
+    return dict(Counter(steps + [step for scheme in manifest.attentions.values() for step in scheme.steps()]))
 
 
 def _compressed_tensors_modules(

@@ -23,9 +23,18 @@ as version 1, and readers of version 1 refuse one with it:
  "outputs": {"model.embed_tokens": {"rotation": {"size": 256, "seed": 0, "inner": 1, "transposed": false}}}}
 ```
 
-`seal` is over `schemes`, `modules` and `tied`, and over `inputs` and `outputs` where there are any: two schemes may give
-tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone cannot tell a
-scheme that was changed. Folders of older versions have none.
+What happens inside the attention comes with format version 3, for each module that attends; what is not done is left out:
+
+```json
+{"attentions": {"model.layers.0.self_attn": {"rotation": {"size": 64, "seed": null, "inner": 1, "transposed": false},
+                                             "keys": {"bits": 4, "symmetric": false, "group_size": -1, "clip_ratio": 1.0,
+                                                      "scale_bits": 16},
+                                             "values": {"bits": 4, "...": "..."}}}}
+```
+
+`seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
+schemes may give tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone
+cannot tell a scheme that was changed. Folders of older versions have none.
 """
 
 import hashlib
@@ -42,11 +51,13 @@ from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.online import InputScheme
+from bitmend.online import AttentionScheme, InputScheme
 
 QUANT_METHOD = "bitmend"
-FORMAT_VERSION, VERSION_WITH_INPUTS = 1, 2
+FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION = 1, 2, 3
 LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
+UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
+OPERANDS = ("queries", "keys", "values", "probabilities")
 LAYOUTS = ("uniform",)
 KINDS = ("linear", "conv1d", "embedding")
 SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -81,6 +92,7 @@ class Manifest:
         files: name of a weight file -> its sha256, or empty when unknown.
         inputs: full module path -> what is done to what the module reads, while the model runs.
         outputs: full module path -> how what the module gives is rotated.
+        attentions: full module path -> how the module rounds what it attends with.
     """
 
     modules: Mapping[str, ManifestEntry]
@@ -89,6 +101,7 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, InputScheme] = field(default_factory=dict)
     outputs: Mapping[str, Rotation] = field(default_factory=dict)
+    attentions: Mapping[str, AttentionScheme] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the dictionary that goes into config.json."""
@@ -99,13 +112,16 @@ class Manifest:
             if scheme not in schemes:
                 schemes.append(scheme)
             modules[name] = {"scheme": schemes.index(scheme), "shape": list(entry.shape), "kind": entry.kind}
-        online = bool(self.inputs or self.outputs)
+        online = bool(self.inputs or self.outputs or self.attentions)
         version = VERSION_WITH_INPUTS if online else FORMAT_VERSION
+        version = VERSION_WITH_ATTENTION if self.attentions else version
         config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": version}
         config |= {"schemes": schemes, "modules": modules, "tied": dict(self.tied)}
         if online:
             config["inputs"] = {name: input_to_json(scheme) for name, scheme in self.inputs.items()}
             config["outputs"] = {name: input_to_json(InputScheme(one)) for name, one in self.outputs.items()}
+        if self.attentions:
+            config["attentions"] = {name: attention_to_json(one) for name, one in self.attentions.items()}
         config |= {"provenance": dict(self.provenance), "files": dict(self.files)}
         return config | {"seal": _seal(config)}
 
@@ -118,9 +134,9 @@ class Manifest:
                 know, a scheme that is impossible, or a seal that differs.
         """
         version = _get(config, "format_version", int)
-        if version not in (FORMAT_VERSION, VERSION_WITH_INPUTS):
+        if version not in (FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION):
             raise CheckpointError(
-                f"quantization_config has format_version {version}, this release reads up to {VERSION_WITH_INPUTS}; "
+                f"quantization_config has format_version {version}, this release reads up to {VERSION_WITH_ATTENTION}; "
                 f"load it with the release of bitmend that wrote it, or a newer one"
             )
         schemes = [_scheme_from_json(item) for item in _get(config, "schemes", list)]
@@ -137,8 +153,8 @@ class Manifest:
                 "schemes, modules or tied of quantization_config are not those that were written (their seal differs); copy "
                 "config.json again"
             )
-        inputs, outputs = {}, {}
-        if version == VERSION_WITH_INPUTS:
+        inputs, outputs, attentions = {}, {}, {}
+        if version >= VERSION_WITH_INPUTS:
             inputs = {name: input_from_json(name, one) for name, one in _get(config, "inputs", dict).items()}
             schemes_out = {name: input_from_json(name, one) for name, one in _get(config, "outputs", dict).items()}
             for name, one in schemes_out.items():
@@ -147,7 +163,10 @@ class Manifest:
                         f"quantization_config.outputs[{name!r}] must hold a rotation and nothing else"
                     )
                 outputs[name] = one.rotation
-        return cls(modules, tied, _get(config, "provenance", dict), files, inputs, outputs)
+        if version == VERSION_WITH_ATTENTION:
+            found = _get(config, "attentions", dict)
+            attentions = {name: attention_from_json(name, one) for name, one in found.items()}
+        return cls(modules, tied, _get(config, "provenance", dict), files, inputs, outputs, attentions)
 
     def with_files(self, files: Mapping[str, str]) -> "Manifest":
         """Return the same manifest with other checksums."""
@@ -161,6 +180,7 @@ def quantization_config(
     provenance: Mapping[str, Any] | None = None,
     inputs: Mapping[str, InputScheme] | None = None,
     outputs: Mapping[str, Rotation] | None = None,
+    attentions: Mapping[str, AttentionScheme] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of a checkpoint; the writer adds the checksums of the files.
 
@@ -170,18 +190,19 @@ def quantization_config(
         provenance: anything that JSON holds: recipe, versions, calibration hash.
         inputs: full module path -> what is done to what the module reads, while the model runs.
         outputs: full module path -> how what the module gives is rotated.
+        attentions: full module path -> how the module rounds what it attends with.
     """
-    return Manifest(sites, tied or {}, provenance or {}, {}, inputs or {}, outputs or {}).to_json()
+    tables = (inputs or {}, outputs or {}, attentions or {})
+    return Manifest(sites, tied or {}, provenance or {}, {}, *tables).to_json()
 
 
 def input_to_json(scheme: InputScheme) -> dict[str, Any]:
     """Return what is done to an input as plain JSON; what is not done is left out."""
     found: dict[str, Any] = {}
     if scheme.rotation is not None:
-        one = scheme.rotation
-        found["rotation"] = {"size": one.size, "seed": one.seed, "inner": one.inner, "transposed": one.transposed}
+        found["rotation"] = _rotation_to_json(scheme.rotation)
     if scheme.activations is not None:
-        found["activations"] = asdict(scheme.activations)
+        found["activations"] = _activations_to_json(scheme.activations)
     return found
 
 
@@ -194,23 +215,61 @@ def input_from_json(name: str, item: Any) -> InputScheme:
     where = f"what quantization_config does to activations at {name}"
     if not isinstance(item, dict) or not item or not set(item) <= {"rotation", "activations"}:
         raise CheckpointError(f"{where} must be a table of rotation or activations; got {item!r:.80}")
-    rotation = activations = None
-    if "rotation" in item:
-        about = _get(item, "rotation", dict)
-        seed, sides = about.get("seed"), (_get(about, "size", int), _get(about, "inner", int))
-        if set(about) != {"size", "seed", "inner", "transposed"} or not (seed is None or type(seed) is int):
-            raise CheckpointError(f"{where} must say size, seed, inner and transposed of a rotation; got {about!r:.80}")
-        if not all(1 <= side <= LARGEST_ROTATION for side in sides):
-            raise CheckpointError(f"{where} must rotate 1 to {LARGEST_ROTATION} features; got {sides[0]} x {sides[1]}")
-        rotation = Rotation(sides[0], seed, sides[1], _get(about, "transposed", bool))
-    if "activations" in item:
-        about = _get(item, "activations", dict)
-        keys = (_get(about, "bits", int), _get(about, "symmetric", bool), _get(about, "group_size", int))
-        try:
-            activations = ActivationSpec(*keys, _get(about, "clip_ratio", float))
-        except RecipeError as error:
-            raise CheckpointError(f"{where} is impossible: {error}") from error
-    return InputScheme(rotation, activations)
+    rotation = _rotation_from_json(where, item) if "rotation" in item else None
+    return InputScheme(rotation, _activations_from_json(where, item, "activations") if "activations" in item else None)
+
+
+def attention_to_json(scheme: AttentionScheme) -> dict[str, Any]:
+    """Return how a module rounds what it attends with, as plain JSON; what is not done is left out."""
+    found: dict[str, Any] = {} if scheme.rotation is None else {"rotation": _rotation_to_json(scheme.rotation)}
+    specs = {name: getattr(scheme, name) for name in OPERANDS}
+    return found | {name: _activations_to_json(spec) for name, spec in specs.items() if spec is not None}
+
+
+def attention_from_json(name: str, item: Any) -> AttentionScheme:
+    """Return what `attention_to_json` wrote.
+
+    Raises:
+        CheckpointError: a missing or unknown key, a wrong type or an impossible value; names the module.
+    """
+    where = f"what quantization_config does inside the attention {name}"
+    if not isinstance(item, dict) or not item or not set(item) <= {"rotation", *OPERANDS}:
+        raise CheckpointError(f"{where} must be a table of rotation, {', '.join(OPERANDS)}; got {item!r:.80}")
+    rotation = _rotation_from_json(where, item) if "rotation" in item else None
+    specs = {key: _activations_from_json(where, item, key) for key in OPERANDS if key in item}
+    return AttentionScheme(rotation, **specs)
+
+
+def _rotation_to_json(rotation: Rotation) -> dict[str, Any]:
+    keys = ("size", "seed", "inner", "transposed")
+    return {key: getattr(rotation, key) for key in keys}
+
+
+def _rotation_from_json(where: str, item: Mapping[str, Any]) -> Rotation:
+    about = _get(item, "rotation", dict)
+    seed, sides = about.get("seed"), (_get(about, "size", int), _get(about, "inner", int))
+    if set(about) != {"size", "seed", "inner", "transposed"} or not (seed is None or type(seed) is int):
+        raise CheckpointError(f"{where} must say size, seed, inner and transposed of a rotation; got {about!r:.80}")
+    if not all(1 <= side <= LARGEST_ROTATION for side in sides):
+        raise CheckpointError(f"{where} must rotate 1 to {LARGEST_ROTATION} features; got {sides[0]} x {sides[1]}")
+    return Rotation(sides[0], seed, sides[1], _get(about, "transposed", bool))
+
+
+def _activations_to_json(spec: ActivationSpec) -> dict[str, Any]:
+    found = asdict(spec)
+    if spec.scale_bits == UNKEPT_SCALE_BITS:  # as folders of version 2 have it
+        del found["scale_bits"]
+    return found
+
+
+def _activations_from_json(where: str, item: Mapping[str, Any], key: str) -> ActivationSpec:
+    about = _get(item, key, dict)
+    keys = (_get(about, "bits", int), _get(about, "symmetric", bool), _get(about, "group_size", int))
+    scale_bits = _get(about, "scale_bits", int) if "scale_bits" in about else UNKEPT_SCALE_BITS
+    try:
+        return ActivationSpec(*keys, _get(about, "clip_ratio", float), scale_bits)
+    except RecipeError as error:
+        raise CheckpointError(f"{where} is impossible: {error}") from error
 
 
 def spec_to_json(spec: QuantSpec) -> dict[str, Any]:
@@ -262,7 +321,7 @@ def spec_from_json(scheme: Mapping[str, Any]) -> QuantSpec:
 
 def _seal(config: Mapping[str, Any]) -> str:
     sealed = [config["schemes"], config["modules"], config["tied"]]
-    sealed += [config[key] for key in ("inputs", "outputs") if key in config]
+    sealed += [config[key] for key in ("inputs", "outputs", "attentions") if key in config]
     return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 

@@ -94,8 +94,9 @@ def open_native(folder: Path, target: str) -> NativeSource:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise RequestError(f"{folder} is not in bitmend's own format; only such a checkpoint can be exported")
     manifest = Manifest.from_json(quantization)
-    if manifest.inputs or manifest.outputs:
-        where = next(iter({**manifest.inputs, **manifest.outputs}))
+    changed = {**manifest.inputs, **manifest.outputs, **manifest.attentions}
+    if changed:
+        where = next(iter(changed))
         raise RequestError(
             f"{folder} rotates or rounds activations while it runs (at {where}, for one), which an export to {target} "
             "does not hold yet; keep bitmend's format"

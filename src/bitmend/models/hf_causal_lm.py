@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitmend.errors import ModelError
 from bitmend.models.architecture import architecture_name, module_lists, modules_found, refuse_quantised, why_not_causal
+from bitmend.models.attention import find_attentions, use_rounding_attention_
 from bitmend.models.bounds import stored
 from bitmend.models.detour import (
     BlockList,
@@ -35,7 +36,7 @@ from bitmend.models.tracing import describe, trace_block
 from bitmend.models.wiring import find_ends, find_wiring
 from bitmend.numerics.products import FastLinear
 from bitmend.protocols import ADAPTERS, BlockInputs, TokenBatch
-from bitmend.sites import Block, ModelEnds, Wiring
+from bitmend.sites import AttentionSite, Block, ModelEnds, Wiring
 
 CPU = torch.device("cpu")
 TRACE_ROWS, TRACE_TOKENS = 4, 32
@@ -205,6 +206,15 @@ class HfCausalLm:
         """Return how the layers of a loaded block hang together; runs it on a few tokens some times."""
         inputs = self.block_inputs(batch)
         return find_wiring(block, lambda: self.run_block(block.index, inputs.hidden, inputs), inputs.hidden.shape[-1])
+
+    def prepare_attention_(self) -> None:
+        """Let the model attend by a function that can round keys, values and attention, and does not yet."""
+        use_rounding_attention_(self.model)
+
+    def attentions_of(self, block: Block, batch: TokenBatch) -> tuple[AttentionSite, ...]:
+        """Return where a loaded block attends; runs it on a few tokens. `prepare_attention_` comes first."""
+        inputs = self.block_inputs(batch)
+        return find_attentions(block.name, block.module, lambda: self.run_block(block.index, inputs.hidden, inputs))
 
     def ends(self, batch: TokenBatch) -> ModelEnds:
         """Return what lies around the blocks; runs it on a few tokens."""

@@ -8,12 +8,27 @@ products from codes and scales.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from bitmend.errors import RecipeError
 from bitmend.numerics.granularity import divisors_text
 from bitmend.numerics.uniform import UniformGrid
+
+
+@dataclass(frozen=True)
+class TokenCodes:
+    """Rounded tokens, to be kept.
+
+    Attributes:
+        codes: in the signed range of the grid.
+        scale: of each group of features, as it is kept.
+        zero_point: the code of the level 0 of each group, or None on a symmetric grid.
+    """
+
+    codes: Int8[Tensor, "*batch features"]
+    scale: Float[Tensor, "*batch groups"]
+    zero_point: Int8[Tensor, "*batch groups"] | None
 
 
 @dataclass(frozen=True)
@@ -25,12 +40,14 @@ class ActivationSpec:
         symmetric: without a zero point: the largest magnitude of a group decides its scale; else its range does.
         group_size: features that share a scale; -1 for the whole token.
         clip_ratio: share of the largest magnitude (or of the range) that the grid covers; what lies outside goes to its ends.
+        scale_bits: 32, or 16 where scales are kept (as bfloat16) and the rounded values must be those that come back.
     """
 
     bits: int
     symmetric: bool = True
     group_size: int = -1
     clip_ratio: float = 1.0
+    scale_bits: int = 32
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -39,6 +56,8 @@ class ActivationSpec:
             raise RecipeError(f"activation clip_ratio must lie above 0 and be at most 1; got {self.clip_ratio}")
         if self.group_size != -1 and self.group_size < 1:
             raise RecipeError(f"activation group_size must be -1 (a whole token) or positive; got {self.group_size}")
+        if self.scale_bits not in (16, 32):
+            raise RecipeError(f"the scales of activations must have 16 or 32 bits; got {self.scale_bits}")
 
     def __str__(self) -> str:
         shared = "a token" if self.group_size == -1 else f"{self.group_size} features"
@@ -66,19 +85,64 @@ class ActivationSpec:
         Raises:
             RecipeError: a group size that does not divide the width.
         """
+        levels, scale, _ = self._nearest(values)
+        return (levels * scale).reshape(values.shape).to(values.dtype)
+
+    def encode(self, values: Float[Tensor, "*batch features"]) -> TokenCodes:
+        """Return what `round` rounds to, to be kept.
+
+        Raises:
+            RecipeError: a group size that does not divide the width.
+        """
+        levels, scale, zero_point = self._nearest(values)
+        codes = self._grid.codes_of_levels(levels.nan_to_num(0), zero_point).reshape(values.shape)
+        kept = scale.squeeze(-1).to(self._scale_dtype)
+        return TokenCodes(
+            codes, kept, None if zero_point is None else zero_point.nan_to_num(0).squeeze(-1).to(torch.int8)
+        )
+
+    def decode(self, tokens: TokenCodes, dtype: torch.dtype) -> Float[Tensor, "*batch features"]:
+        """Return what was kept: bit for bit what `round` gives."""
+        groups = tokens.scale.shape[-1]
+        codes = tokens.codes.reshape(*tokens.codes.shape[:-1], groups, -1)
+        zero_point = None if tokens.zero_point is None else tokens.zero_point.float().unsqueeze(-1)
+        values = self._grid.decode(codes, tokens.scale.float().unsqueeze(-1), zero_point)
+        return values.reshape(tokens.codes.shape).to(dtype)
+
+    def bits_per_value(self, width: int) -> float:
+        """Return the bits that a kept value takes: its code and its share of scale and zero point."""
+        size = width if self.group_size == -1 else self.group_size
+        return self.bits + (self.scale_bits + (0 if self.symmetric else 8)) / size
+
+    @property
+    def _grid(self) -> UniformGrid:
+        return UniformGrid(self.bits, self.symmetric)
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.scale_bits == 16 else torch.float32
+
+    def _nearest(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return levels (*batch, groups, size), in units of the scales, the scales and zero points (*batch, groups, 1)."""
         width = values.shape[-1]
         self.check_width(width)
         size = width if self.group_size == -1 else self.group_size
-        grid = UniformGrid(self.bits, self.symmetric)
+        grid = self._grid
         groups = values.float().reshape(*values.shape[:-1], width // size, size)
         if self.symmetric:
-            scale = groups.abs().amax(-1, keepdim=True) * (self.clip_ratio / grid.max_code)
+            scale = self._kept(groups.abs().amax(-1, keepdim=True) * (self.clip_ratio / grid.max_code))
             zero_point = None
         else:
             # The range always holds 0, which is then a level of its own.
             low = groups.amin(-1, keepdim=True).clamp(max=0) * self.clip_ratio
             high = groups.amax(-1, keepdim=True).clamp(min=0) * self.clip_ratio
-            scale = (high - low) / (grid.max_code - grid.min_code)
+            scale = self._kept((high - low) / (grid.max_code - grid.min_code))
             zero_point = grid.min_code - torch.round(low / torch.where(scale == 0, 1.0, scale))
-        levels = grid.nearest_levels(groups, scale, zero_point)
-        return (levels * scale).reshape(values.shape).to(values.dtype)
+            zero_point = zero_point.clamp(
+                grid.min_code, grid.max_code
+            )  # a scale that was rounded down may leave the codes
+        return grid.nearest_levels(groups, scale, zero_point), scale, zero_point
+
+    def _kept(self, scale: Tensor) -> Tensor:
+        """Return the scale as it comes back from where it is kept."""
+        return scale.to(self._scale_dtype).float()

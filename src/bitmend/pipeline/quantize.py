@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
 from bitmend.linalg.hadamard import Rotation
+from bitmend.models.attention import attach_attention
 from bitmend.numerics.qtensor import QTensor, QuantSpec
-from bitmend.online import InputScheme, attach_input
+from bitmend.online import AttentionScheme, InputScheme, attach_input
 from bitmend.pipeline.machine import return_free_memory
 from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
 from bitmend.pipeline.rare_experts import refuse_rare_experts
@@ -21,7 +22,7 @@ from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
 from bitmend.pipeline.transforming import Transforms
 from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
-from bitmend.sites import Block
+from bitmend.sites import AttentionSite, Block
 
 TRACE_TOKENS = 8
 
@@ -67,6 +68,8 @@ def quantise_blocks(
     it all one full-precision forward where rare experts are to be refused. For each block that the journal holds one
     full-precision and one quantised forward, unless there are no rows or no block is left.
     """
+    if recipe.rounds_attention:
+        adapter.prepare_attention_()
     transforms = transforms or Transforms(adapter, recipe.build_transforms(), trace_batch())
     loop = _Loop(adapter, recipe, report, device, journal, transforms)
     names = adapter.block_names
@@ -130,6 +133,7 @@ class _Loop:
         self.recipe = recipe
         self.report = report
         self.transforms = transforms
+        self._attentions: dict[int, tuple[AttentionSite, ...]] = {}  # of the block at hand
         wanted = recipe.calibration
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
         self.keep_inputs = wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM)
@@ -154,9 +158,10 @@ class _Loop:
         report.seconds = time.perf_counter() - started
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
         self.report.events += events
-        inputs = self._input_schemes(block, rotations)
+        inputs, attentions = self._input_schemes(block, rotations), self._attention_schemes(block)
         self.transforms.release_block()
-        return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events), inputs)
+        online = {f"{block.name}.{path}" if path else block.name: scheme for path, scheme in attentions.items()}
+        return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events), inputs, online)
 
     def _both_streams(self, streams: DualStream, block: Block) -> BlockRun:
         rare = self.recipe.calibration.rare()
@@ -195,18 +200,25 @@ class _Loop:
 
     @contextmanager
     def _rounding(self, block: Block) -> Iterator[None]:
-        """Round what the layers read, as in the finished model; the full-precision stream has passed the block before."""
+        """Round what layers and attention read, as in the finished model; the full-precision stream has passed before."""
         wanted = {site: self.recipe.activation_spec(site.name) for site in block.sites}
-        handles = [
-            attach_input(block.module.get_submodule(site.path), InputScheme(activations=spec))
-            for site, spec in wanted.items()
-            if spec is not None
-        ]
-        try:
+        with ExitStack() as attached:
+            for site, spec in wanted.items():
+                if spec is not None:
+                    module = block.module.get_submodule(site.path)
+                    attached.callback(attach_input(module, InputScheme(activations=spec)).remove)
+            for path, scheme in self._attention_schemes(block).items():
+                attached.callback(attach_attention(block.module.get_submodule(path), scheme))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _attention_schemes(self, block: Block) -> dict[str, AttentionScheme]:
+        """Return how the attention of a block rounds its operands, by path in the block."""
+        if not self.recipe.rounds_attention:
+            return {}
+        if block.index not in self._attentions:
+            self._attentions = {block.index: self.adapter.attentions_of(block, trace_batch())}
+        schemes = {site.path: self.recipe.attention_scheme(site) for site in self._attentions[block.index]}
+        return {path: scheme for path, scheme in schemes.items() if scheme is not None}
 
     def _input_schemes(self, block: Block, rotations: Mapping[str, Rotation]) -> dict[str, InputScheme]:
         """Return what is done to the inputs of layers while the finished model runs, by full path."""

@@ -16,13 +16,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError, model_validator
 
 from bitmend.errors import RecipeError, RequestError, nearest_name
+from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup
 from bitmend.numerics.qtensor import ObserverName, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
+from bitmend.online import AttentionScheme
 from bitmend.protocols import SOLVERS, TRANSFORMS
 from bitmend.registry import Registry
 from bitmend.routing import RareChoice, RareExperts
+from bitmend.sites import AttentionSite
 
 RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
 
@@ -68,6 +71,27 @@ class ActivationSection(_Section):
     def spec(self) -> ActivationSpec:
         """Return the grid of these keys."""
         return ActivationSpec(self.bits, self.symmetric, self.group_size, self.clip_ratio)
+
+
+class KvCacheSection(_Section):
+    """How keys and values are rounded, head by head of each token; what a cache then keeps."""
+
+    bits: StrictInt = Field(4, ge=2, le=8)
+    group_size: StrictInt = -1  # -1: one scale per head of a token
+    symmetric: bool = False
+    clip_ratio: float = Field(1.0, gt=0, le=1)
+    rotate: bool = True  # queries and keys, head by head, so that no feature of a key stands out
+
+    def spec(self) -> ActivationSpec:
+        """Return the grid of these keys; scales as they are kept."""
+        return ActivationSpec(self.bits, self.symmetric, self.group_size, self.clip_ratio, scale_bits=16)
+
+
+class AttentionSection(_Section):
+    """How the other operands of attention's two products are rounded; None: they are not."""
+
+    query_bits: StrictInt | None = Field(None, ge=2, le=8)  # one scale per head of a token, symmetric
+    probability_bits: StrictInt | None = Field(None, ge=2, le=8)  # one scale per query and head, from 0 on
 
 
 class OverrideSection(_Section):
@@ -138,6 +162,8 @@ class Recipe(_Section):
     name: str = "unnamed"
     weights: WeightSection = WeightSection()
     activations: ActivationSection | None = None  # None: not rounded
+    kv_cache: KvCacheSection | None = None  # None: keys and values are not rounded
+    attention: AttentionSection | None = None
     solver: dict[str, Any] = {"name": "gptq"}
     transforms: list[dict[str, Any]] = []
     overrides: list[OverrideSection] = []
@@ -175,6 +201,35 @@ class Recipe(_Section):
         if self.activations is None or self.scheme(site, torch.bfloat16) is None:
             return None
         return self.activations.spec()
+
+    @property
+    def rounds_attention(self) -> bool:
+        """Whether something inside the attention is rounded."""
+        return self.kv_cache is not None or (self.attention or AttentionSection()) != AttentionSection()
+
+    def attention_scheme(self, site: AttentionSite) -> AttentionScheme | None:
+        """Return how one attention rounds its operands, or None when it does not, or an override skips it.
+
+        Raises:
+            RecipeError: a group size that does not divide the width of a head.
+        """
+        skipped = any(override.skip for override in self.overrides if override.matches(site.name))
+        if not self.rounds_attention or skipped:
+            return None
+        cache = None if self.kv_cache is None else self.kv_cache.spec()
+        for width in (site.key_width, site.value_width):
+            if cache is not None:
+                cache.check_width(width)
+        other = self.attention or AttentionSection()
+        return AttentionScheme(
+            rotation=Rotation(site.key_width) if self.kv_cache is not None and self.kv_cache.rotate else None,
+            queries=None if other.query_bits is None else ActivationSpec(other.query_bits),
+            keys=cache,
+            values=cache,
+            probabilities=None
+            if other.probability_bits is None
+            else ActivationSpec(other.probability_bits, symmetric=False),
+        )
 
     def to_toml(self) -> str:
         """Return the recipe as a TOML file that reads back as the same recipe."""
@@ -300,6 +355,8 @@ def _section_keys(location: tuple[int | str, ...]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "weights": WeightSection,
         "activations": ActivationSection,
+        "kv_cache": KvCacheSection,
+        "attention": AttentionSection,
         "overrides": OverrideSection,
         "calibration": CalibrationSection,
         "embedding": EndSection,

@@ -30,13 +30,21 @@ from torch import Tensor
 from bitmend.errors import CheckpointError, RequestError, ResumeError
 from bitmend.formats.folder_lock import FolderLock
 from bitmend.formats.integrity import check_folder
-from bitmend.formats.manifest import ManifestEntry, input_from_json, input_to_json, spec_from_json, spec_to_json
+from bitmend.formats.manifest import (
+    ManifestEntry,
+    attention_from_json,
+    attention_to_json,
+    input_from_json,
+    input_to_json,
+    spec_from_json,
+    spec_to_json,
+)
 from bitmend.formats.native import read_site, site_tensors
 from bitmend.formats.record import TEMPORARY, read_record, write_json, write_record
 from bitmend.formats.safetensors_file import parse_json
 from bitmend.formats.writer import PARTS, CheckpointWriter, output_error, partial_folder
 from bitmend.numerics.qtensor import QTensor
-from bitmend.online import InputScheme
+from bitmend.online import AttentionScheme, InputScheme
 from bitmend.pipeline.fingerprint import differences
 from bitmend.protocols import BlockReport, Event, RunReport, SiteReport, Solution, SolvedSite
 from bitmend.sites import Block
@@ -59,6 +67,7 @@ class QuantisedBlock:
         report: what `run.json` says of it.
         events: what the user must be told of it and its sites.
         inputs: what is done to the inputs of its layers while the model runs, by full module name.
+        attentions: how its attention rounds its operands while the model runs, by full module name.
     """
 
     name: str
@@ -68,6 +77,7 @@ class QuantisedBlock:
     report: BlockReport
     events: tuple[Event, ...] = ()
     inputs: dict[str, InputScheme] = field(default_factory=dict)
+    attentions: dict[str, AttentionScheme] = field(default_factory=dict)
 
     def entries(self) -> dict[str, ManifestEntry]:
         """Return the line of the manifest for each quantised matrix."""
@@ -169,6 +179,7 @@ class Journal:
         }
         values = {"sites": described, "report": asdict(block.report), "events": _events_to_json(block.events)}
         values["inputs"] = {name: input_to_json(scheme) for name, scheme in block.inputs.items()}
+        values["attentions"] = {name: attention_to_json(scheme) for name, scheme in block.attentions.items()}
         self._writer.add(block.name, tensors, {**values, "seconds": self._seconds()})
         self.num_finished += 1
         self._num_sites = 0
@@ -423,7 +434,9 @@ def _part_of(
     kinds = {name: about["kind"] for name, about in described.items()}
     events = _events_from_json(values["events"])
     inputs = {name: input_from_json(name, about) for name, about in values["inputs"].items()}
-    block = QuantisedBlock(values["part"], sites, kinds, {}, _block_report(values["report"]), events, inputs)
+    attentions = {name: attention_from_json(name, about) for name, about in values.get("attentions", {}).items()}
+    report = _block_report(values["report"])
+    block = QuantisedBlock(values["part"], sites, kinds, {}, report, events, inputs, attentions)
     return block, float(values["seconds"])
 
 

@@ -19,20 +19,16 @@ from bitmend.errors import (
     GuardError,
     OutputError,
     QuantizationError,
-    RecipeError,
     RequestError,
     ResumeError,
-    nearest_name,
 )
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
 from bitmend.formats.writer import PARTS, CheckpointWriter, check_output, partial_folder
-from bitmend.models.experts import refuse_packed
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
-from bitmend.numerics.granularity import num_groups
-from bitmend.online import InputScheme
+from bitmend.online import AttentionScheme, InputScheme
 from bitmend.pipeline.ends import check_ends, quantise_ends
 from bitmend.pipeline.fingerprint import fingerprint_of
 from bitmend.pipeline.forecast import BatchShape
@@ -51,6 +47,7 @@ from bitmend.pipeline.plan import (
 )
 from bitmend.pipeline.quantize import quantise_blocks, trace_batch
 from bitmend.pipeline.recipe import Recipe, load_recipe
+from bitmend.pipeline.recipe_fits import check_recipe_fits
 from bitmend.pipeline.resume import Journal, check_partial, entry_of, finished_run, remove_leftovers
 from bitmend.pipeline.transforming import Transforms
 from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress, TokenBatch
@@ -150,7 +147,7 @@ def quantize(
         with _keeping_work(writer, journal):
             activations = writer.partial / ACTIVATIONS if ahead.facts.on_disk else None
             transforms = Transforms(adapter, plan.build_transforms(), trace_batch())
-            entries, inputs = _write_blocks(
+            entries, inputs, attentions = _write_blocks(
                 request, batches, report, progress, journal, activations, transforms, ahead.facts.keep_wide
             )
             ends = quantise_ends(adapter, plan)
@@ -163,7 +160,12 @@ def quantize(
             report.status = "done"
             inputs |= {name: InputScheme(rotation) for name, rotation in transforms.inputs.items()}
             config = quantization_config(
-                entries, tied=ends.tied, provenance=_provenance(report), inputs=inputs, outputs=transforms.outputs
+                entries,
+                tied=ends.tied,
+                provenance=_provenance(report),
+                inputs=inputs,
+                outputs=transforms.outputs,
+                attentions=attentions,
             )
             documents = {"recipe.toml": plan.to_toml(), "README.md": HOW_TO_LOAD}
             writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
@@ -228,17 +230,19 @@ def _write_blocks(
     activations: Path | None,
     transforms: Transforms,
     keep_wide: bool,
-) -> tuple[dict[str, ManifestEntry], dict[str, InputScheme]]:
+) -> tuple[dict[str, ManifestEntry], dict[str, InputScheme], dict[str, AttentionScheme]]:
     """Quantise the blocks that are not finished, write each at once, and return the manifest's lines for all blocks.
 
-    That is for each module how it is quantised, and what is done to its input while the model runs.
+    That is for each module how it is quantised, what is done to its input, and how it attends, while the model runs.
     """
     entries: dict[str, ManifestEntry] = {}
     inputs: dict[str, InputScheme] = {}
+    attentions: dict[str, AttentionScheme] = {}
     for index in range(journal.num_finished):
         block = journal.read_block(index, request.device)
         entries |= block.entries()
         inputs |= block.inputs
+        attentions |= block.attentions
         report.blocks.append(block.report)
         report.events += block.events
     blocks = quantise_blocks(
@@ -258,7 +262,8 @@ def _write_blocks(
             journal.keep_block(block)
             entries |= block.entries()
             inputs |= block.inputs
-    return entries, inputs
+            attentions |= block.attentions
+    return entries, inputs, attentions
 
 
 def _open_journal(
@@ -402,48 +407,6 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
-    """Check every grid against every site before anything is computed.
-
-    The sites of one block stand for those of all blocks with tensors of the same names and shapes.
-
-    Raises:
-        RecipeError: a group size that does not fit a site (named), an override that matches nothing.
-        ModelError: packed experts in a form that cannot be quantised.
-    """
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, int]] = {}
-    widths: dict[str, int] = {}
-    for index, block in enumerate(adapter.block_names):
-        module = adapter.model.get_submodule(block)
-        structure = tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict().items())
-        if structure not in known:
-            refuse_packed(module)
-            known[structure] = _widths_of_block(adapter, index)
-        widths |= {f"{block}.{path}": width for path, width in known[structure].items()}
-    for name, width in widths.items():
-        try:
-            spec = recipe.scheme(name, adapter.dtype)
-            if spec is not None:
-                num_groups(spec.granularity, width)
-            activations = recipe.activation_spec(name)
-            if activations is not None:
-                activations.check_width(width)
-        except RecipeError as error:
-            raise RecipeError(f"{name}: {error}") from error
-    for override in recipe.overrides:
-        if not any(override.matches(name) for name in widths):
-            hint = nearest_name(override.targets[0], list(widths)[: len(next(iter(known.values())))])
-            raise RecipeError(f"the override for {override.targets} matches no site of the model{hint}")
-
-
-def _widths_of_block(adapter: ModelAdapter, index: int) -> dict[str, int]:
-    """Return the inputs of each site of a block, by its path in the block."""
-    adapter.load_block(index)
-    sites = adapter.describe_block(index, trace_batch()).sites
-    adapter.release_block(index)
-    return {site.path: site.shape[1] for site in sites}
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,87 @@
+"""Whether a recipe fits a model: every grid against every site and attention, before anything is computed."""
+
+from dataclasses import dataclass, field, replace
+
+from bitmend.errors import ModelError, RecipeError, nearest_name
+from bitmend.models.experts import refuse_packed
+from bitmend.numerics.granularity import num_groups
+from bitmend.pipeline.quantize import trace_batch
+from bitmend.pipeline.recipe import Recipe
+from bitmend.protocols import ModelAdapter
+from bitmend.sites import AttentionSite, Block
+
+
+@dataclass
+class _Found:
+    """What a model can be quantised at.
+
+    Attributes:
+        widths: full name of a site -> width of its input.
+        attentions: where it attends, if that was asked.
+        of_one_block: how many sites the first block has.
+    """
+
+    widths: dict[str, int] = field(default_factory=dict)
+    attentions: list[AttentionSite] = field(default_factory=list)
+    of_one_block: int = 0
+
+
+def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
+    """Check every grid against every site before anything is computed.
+
+    Raises:
+        RecipeError: a group size that does not fit a site (named), an override that matches nothing.
+        ModelError: packed experts in a form that cannot be quantised, or attention that cannot be rounded but is to be.
+    """
+    found = _find(adapter, attend=recipe.rounds_attention)
+    for name, width in found.widths.items():
+        _check_site(recipe, adapter, name, width)
+    for site in found.attentions:
+        try:
+            recipe.attention_scheme(site)
+        except RecipeError as error:
+            raise RecipeError(f"{site.name}: {error}") from error
+    if recipe.rounds_attention and not found.attentions:
+        raise ModelError(
+            f"rounding keys and values needs a model that attends, but no block of {type(adapter.model).__name__} asks for "
+            "the attention that it was told to use; leave kv_cache and attention out of the recipe"
+        )
+    names = [*found.widths, *(site.name for site in found.attentions)]
+    for override in recipe.overrides:
+        if not any(override.matches(name) for name in names):
+            hint = nearest_name(override.targets[0], names[: found.of_one_block])
+            raise RecipeError(f"the override for {override.targets} matches no site of the model{hint}")
+
+
+def _find(adapter: ModelAdapter, *, attend: bool) -> _Found:
+    """Look at the blocks; one stands for all blocks with tensors of the same names and shapes."""
+    if attend:
+        adapter.prepare_attention_()
+    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Block, tuple[AttentionSite, ...]]] = {}
+    found = _Found()
+    for index, name in enumerate(adapter.block_names):
+        module = adapter.model.get_submodule(name)
+        structure = tuple((path, tuple(tensor.shape)) for path, tensor in module.state_dict().items())
+        if structure not in known:
+            refuse_packed(module)
+            adapter.load_block(index)
+            block = adapter.describe_block(index, trace_batch())
+            known[structure] = block, adapter.attentions_of(block, trace_batch()) if attend else ()
+            adapter.release_block(index)
+        block, attentions = known[structure]
+        found.widths |= {f"{name}.{site.path}": site.shape[1] for site in block.sites}
+        found.attentions += [replace(site, name=f"{name}.{site.path}".rstrip(".")) for site in attentions]
+        found.of_one_block = found.of_one_block or len(block.sites)
+    return found
+
+
+def _check_site(recipe: Recipe, adapter: ModelAdapter, name: str, width: int) -> None:
+    try:
+        spec = recipe.scheme(name, adapter.dtype)
+        if spec is not None:
+            num_groups(spec.granularity, width)
+        activations = recipe.activation_spec(name)
+        if activations is not None:
+            activations.check_width(width)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from error
