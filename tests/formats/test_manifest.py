@@ -68,7 +68,7 @@ def test_what_no_file_can_say_is_refused():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 3, "has format_version 3, this release reads up to 2"),
+        (["format_version"], 4, "has format_version 4, this release reads up to 3"),
         (["format_version"], True, "needs 'format_version' to be of type int; got True"),
         (["schemes"], {}, "needs 'schemes' to be of type list"),
         (["schemes", 0], 4, r"each of quantization_config\.schemes must be a table"),

@@ -118,12 +118,6 @@ def test_the_command_line_generates_with_the_packed_cache(run_tiny, tmp_path, mo
     assert made[0].get_seq_length() > 3
 
 
-def test_a_packed_cache_needs_a_model_that_rounds(run_tiny, tmp_path):
-    run_tiny()
-    with pytest.raises(RequestError, match=r"needs a model that rounds its keys and values.*\[kv_cache\] section"):
-        PackedCache(load(tmp_path / "out"))
-
-
 def test_the_folder_says_what_runs_and_saves_again(run_tiny, tmp_path):
     skip = {"overrides": [{"targets": ["model.layers.0.self_attn"], "skip": True}]}
     run_tiny(keys={**BOTH, **skip})
