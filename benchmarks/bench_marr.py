@@ -67,6 +67,9 @@ def run(options, method, draw):
     keys["transforms"] = [{"name": name} for name in options.transforms]
     if options.activation_bits is not None:
         keys |= {"activations.bits": options.activation_bits, "activations.clip_ratio": options.clip_ratio}
+    if options.kv_bits is not None:
+        keys |= {"kv_cache.bits": options.kv_bits, "kv_cache.clip_ratio": options.kv_clip_ratio}
+        keys |= {"kv_cache.rotate": not options.kv_plain}
     folder = options.output / "model"
     started = time.perf_counter()
     rows = [assets.path("books-calibration")]
@@ -158,6 +161,9 @@ def main():
     parser.add_argument("--transforms", nargs="*", default=[])
     parser.add_argument("--activation-bits", type=int)
     parser.add_argument("--clip-ratio", type=float, default=0.9)
+    parser.add_argument("--kv-bits", type=int)
+    parser.add_argument("--kv-clip-ratio", type=float, default=1.0)
+    parser.add_argument("--kv-plain", action="store_true", help="without rotating queries and keys")
     parser.add_argument("--windows", type=int, default=160)
     parser.add_argument("--texts", nargs="+", default=["books-validation"])
     parser.add_argument("--methods", nargs="*", default=list(METHODS))

@@ -5,9 +5,9 @@ import statistics
 TEXTS = ("books-eval", "wikitext2-test")
 PAIRS = (
     ("bitmend gptq", "gptqmodel gptq"),
-    ("bitmend gptq, no proof, no search", "gptqmodel gptq"),
+    ("bitmend gptq, one fit, no search", "gptqmodel gptq"),
     ("bitmend gptaq", "gptqmodel gptaq"),
-    ("bitmend gptaq, no proof, no search", "gptqmodel gptaq"),
+    ("bitmend gptaq, one fit, no search", "gptqmodel gptaq"),
 )
 MIB = 2**20
 
