@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
 
@@ -25,7 +26,7 @@ class InputScheme:
         activations: how each token is rounded after it.
     """
 
-    rotation: Rotation | None = None
+    rotation: AnyRotation | None = None
     activations: ActivationSpec | None = None
 
     def apply(self, values: Tensor) -> Tensor:

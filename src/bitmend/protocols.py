@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.moments import Moments
 from bitmend.numerics.observers import choose_qparams
@@ -216,7 +217,15 @@ class Calibrated(Protocol):
     def largest_inputs(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
         """Return the largest magnitude of each feature that these layers read, in the quantised network, over the fit split.
 
-        Runs the block as it stands.
+        Runs the block as it stands, on the residual stream as the block takes it.
+        """
+        ...
+
+    def some_inputs(self, block: Block, paths: Sequence[str], count: int) -> dict[str, Tensor]:
+        """Return some tokens (token, features) that these layers read, in the quantised network, of the fit split.
+
+        Half of the `count` are those with the largest magnitudes, the others are taken evenly. A layer that reads no token
+        has no entry. Runs the block as it stands, on the residual stream as the block takes it.
         """
         ...
 
@@ -231,7 +240,7 @@ class Transformed:
         events: what the user must be told.
     """
 
-    inputs: Mapping[str, Rotation] = field(default_factory=dict)
+    inputs: Mapping[str, AnyRotation] = field(default_factory=dict)
     outputs: Mapping[str, Rotation] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
 
@@ -464,6 +473,28 @@ class SiteReport:
 
 
 @dataclass
+class TransformReport:
+    """What the guard found of one transform at one block.
+
+    Errors are those of the block with its weights rounded to nearest at the bits of the recipe, and with all else that the
+    finished model rounds, over the size of what the unrounded block adds; on held-out rows.
+
+    Attributes:
+        name: of the transform.
+        error_without: with the transforms before it alone.
+        error_with: with it, too.
+        kept: whether it stayed.
+        forced: whether it stayed because the recipe forces it.
+    """
+
+    name: str
+    error_without: float
+    error_with: float
+    kept: bool
+    forced: bool = False
+
+
+@dataclass
 class BlockReport:
     """What happened at one block.
 
@@ -473,12 +504,14 @@ class BlockReport:
             of the full-precision stream, on the held-out rows (all rows when none are held out); None without streams.
         sites: in execution order.
         seconds: wall time of the whole block.
+        transforms: what the guard found, in order; that of a transform of the whole model stands at the first block.
     """
 
     name: str
     relative_error: float | None = None
     sites: list[SiteReport] = field(default_factory=list)
     seconds: float = 0.0
+    transforms: list[TransformReport] = field(default_factory=list)
 
 
 @dataclass

@@ -13,7 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.routing import Expert
+
+PIECE_ENTRIES = 1 << 20  # of a matrix, rotated at a time: in float64 at once it would be four times the matrix
 
 
 @runtime_checkable
@@ -87,6 +90,18 @@ def write_matrix_(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
     """Overwrite the weight that `read_matrix` returns, cast to its dtype."""
     kind = layer_kind(module)
     (LinearView() if kind is None else LAYER_VIEWS[kind]).write_(module, weight)
+
+
+def rotate_inputs_(layer: nn.Module, rotation: AnyRotation) -> None:
+    """Make a layer that reads rotated inputs give what it gave; of an embedding, rotate what it gives."""
+    for rows in torch.split(read_matrix(layer), max(1, PIECE_ENTRIES // read_matrix(layer).shape[1])):
+        rows.copy_(rotation.apply(rows.double()))
+
+
+def read_by_all(block: "Block", paths: tuple[str, ...]) -> str:
+    """Return one of some layers with the same input that every token reaches; the first where there is none."""
+    in_experts = {site.path for group in block.groups if group.expert is not None for site in group.sites}
+    return next((path for path in paths if path not in in_experts), paths[0])
 
 
 def layer_kind(module: nn.Module) -> str | None:

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from bitmend.errors import CheckpointError, RequestError
 from bitmend.formats.manifest import Manifest, ManifestEntry, quantization_config, spec_from_json, spec_to_json
+from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.online import InputScheme
+from bitmend.online import AttentionScheme, InputScheme
 
 SPEC = QuantSpec(UniformGrid(4, True), PerGroup(32), "mse", torch.bfloat16)
 
@@ -159,6 +160,70 @@ def test_what_is_done_to_activations_survives_json():
 )
 def test_hostile_activations_are_refused(place, value, message):
     _, config = online_config()
+    del config["seal"]
+    table = config
+    for key in place[:-1]:
+        table = table[key]
+    table[place[-1]] = value
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(config)
+
+
+BLOCKS = BlockRotation(4, 1, (2, 0), (3, 1, 2, 0, 7, 6, 5, 4), (1,))
+KEPT = ActivationSpec(4, False, 8, 0.9, 16)
+ATTENTIONS = {
+    "layers.0.attn": AttentionScheme(Rotation(8), None, KEPT, KEPT),
+    "layers.1.attn": AttentionScheme(None, ActivationSpec(8), None, None, ActivationSpec(8, False)),
+}
+
+
+def attending_config():
+    inputs = {
+        "layers.0.k": InputScheme(BLOCKS, ActivationSpec(4)),
+        "layers.0.v": InputScheme(BLOCKS),
+        "layers.0.o": InputScheme(BLOCKS.inverse),
+        "layers.1.k": InputScheme(Rotation(16)),
+    }
+    manifest = Manifest({"a": ManifestEntry(SPEC, (8, 32))}, inputs=inputs, attentions=ATTENTIONS)
+    return manifest, json.loads(json.dumps(manifest.to_json()))
+
+
+def test_what_is_done_inside_the_attention_survives_json():
+    manifest, config = attending_config()
+    assert config["format_version"] == 3
+    assert Manifest.from_json(config) == manifest
+    # Rotations that are made for a layer's inputs are stored once for those that share them.
+    assert len(config["rotations"]) == 2
+    assert [config["inputs"][f"layers.0.{name}"]["rotation"]["shared"] for name in "kvo"] == [0, 0, 1]
+    only = Manifest({"a": ManifestEntry(SPEC, (8, 32))}, inputs={"b": InputScheme(BLOCKS)})
+    assert Manifest.from_json(only.to_json()) == only
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("attentions", "layers.0.attn"), {}, "must be a table of rotation, queries"),
+        (("attentions", "layers.0.attn", "keys", "bits"), 1, r"inside the attention layers\.0\.attn is impossible"),
+        (("attentions", "layers.0.attn", "keys", "scale_bits"), 8, "must have 16 or 32 bits"),
+        (("attentions", "layers.0.attn", "keys", "scale_bits"), "16", "of type int"),
+        (("attentions", "layers.0.attn", "rotation"), {"shared": 0}, "names rotation 0, but there are 0"),
+        (("inputs", "layers.0.k", "rotation", "shared"), 2, "names rotation 2, but there are 2"),
+        (("inputs", "layers.0.k", "rotation", "shared"), -1, "names rotation -1"),
+        (("rotations",), {}, "'rotations' to be of type list"),
+        (("rotations", 0), 3, "must say block, seed, first"),
+        (("rotations", 0, "block"), 3, "must divide the width"),
+        (("rotations", 0, "block"), 10**9, "must have blocks of 1 to"),
+        (("rotations", 0, "order", 3), 1, "must name each feature once"),
+        (("rotations", 0, "order", 3), 10**30, "must name each feature once"),
+        (("rotations", 0, "order", 3), 1.0, "must list whole numbers"),
+        (("rotations", 0, "order"), [], "impossible: blocks"),
+        (("rotations", 0, "first", 0), 4, "must be features of a block"),
+        (("rotations", 0, "first"), [0] * 5000, "at most 4096 steps"),
+        (("rotations", 0, "seed"), -1, "a seed of 0 or more"),
+    ],
+)
+def test_hostile_attentions_and_rotations_are_refused(place, value, message):
+    _, config = attending_config()
     del config["seal"]
     table = config
     for key in place[:-1]:

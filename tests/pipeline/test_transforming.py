@@ -7,7 +7,7 @@ import torch
 from bitmend.errors import ModelError, NumericsError, RecipeError
 from bitmend.linalg.hadamard import Rotation
 from bitmend.models.hf_causal_lm import HfCausalLm
-from bitmend.pipeline.transforming import Transforms
+from bitmend.pipeline.transforming import BlockTransforms, Transforms
 from bitmend.protocols import Event, TokenBatch, Transformed
 from bitmend.transforms.quarot import QuaRot
 
@@ -81,15 +81,15 @@ def test_a_weight_that_is_not_finite_is_named_and_no_transform_blamed(tiny_model
 
 def test_an_inexact_transform_is_not_asked_to(tiny_model):
     transforms, block = begun(tiny_model, Inexact())
-    inputs, events = transforms.apply_(block, None)
-    assert inputs == {}
-    assert [event.kind for event in events] == ["spoiled"]
+    done = transforms.apply_(block, None)
+    assert done.inputs == {}
+    assert [event.kind for event in done.events] == ["spoiled"]
 
 
 def test_without_transforms_nothing_is_run(tiny_model, monkeypatch):
     transforms, block = begun(tiny_model)
     monkeypatch.setattr(HfCausalLm, "run_block", lambda *rest: pytest.fail("ran"))
-    assert transforms.apply_(block, None) == ({}, [])
+    assert transforms.apply_(block, None) == BlockTransforms({}, [], [])
 
 
 def test_only_one_may_rotate_the_residual_stream(tiny_model):
@@ -111,7 +111,7 @@ def test_ends_are_transformed_once_and_told_of(tiny_model):
     assert [event.kind for event in transforms.events] == ["told"]
     transforms.begin_()
     assert len(transforms.events) == 1
-    assert set(transforms.apply_(block, None)[0]) == {"mlp.down_proj"}
+    assert set(transforms.apply_(block, None).inputs) == {"mlp.down_proj"}
 
 
 def test_the_rotations_of_a_block_come_off(tiny_model):

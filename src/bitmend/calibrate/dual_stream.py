@@ -131,10 +131,17 @@ class DualStream:
                 hidden = stream[position].to(self.device)
                 stream.replace_(position, self.adapter.run_block(index, hidden, self.batches[position].inputs))
 
-    def largest_inputs(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
+    def largest_inputs(
+        self, block: Block, paths: Sequence[str], turn: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Return the largest magnitude of each feature that these layers read, in the quantised network, over the fit split.
 
         Runs the block as it stands once; padding counts for nothing.
+
+        Args:
+            block: loaded.
+            paths: of the layers.
+            turn: applied to the residual stream in front of the block.
         """
         largest: dict[str, Tensor] = {}
         for position, batch in enumerate(self.batches):
@@ -146,8 +153,36 @@ class DualStream:
                     hooks.callback(
                         layer.register_forward_pre_hook(_keeping_largest(largest, path, batch.tokens)).remove
                     )
-                self.adapter.run_block(block.index, self.x_q[position].to(self.device), batch.inputs)
+                hidden = self.x_q[position].to(self.device)
+                self.adapter.run_block(block.index, hidden if turn is None else turn(hidden), batch.inputs)
         return largest
+
+    def some_inputs(
+        self, block: Block, paths: Sequence[str], count: int, turn: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return some tokens that these layers read, in the quantised network, of the fit split.
+
+        Half of them are those with the largest magnitudes, the others are taken evenly. Runs the block as it stands once;
+        padding counts for nothing.
+
+        Args:
+            block: loaded.
+            paths: of the layers; one that reads no token has no entry in the answer.
+            count: tokens in all.
+            turn: applied to the residual stream in front of the block.
+        """
+        total = sum(batch.tokens.ids.numel() for batch in self.batches if not batch.held_out)
+        samples = {path: _Sample(count // 2, max(1, total // max(1, count - count // 2))) for path in paths}
+        for position, batch in enumerate(self.batches):
+            if batch.held_out:
+                continue
+            with ExitStack() as hooks:
+                for path, sample in samples.items():
+                    layer = block.module.get_submodule(path)
+                    hooks.callback(layer.register_forward_pre_hook(_sampling(sample, batch.tokens)).remove)
+                hidden = self.x_q[position].to(self.device)
+                self.adapter.run_block(block.index, hidden if turn is None else turn(hidden), batch.inputs)
+        return {path: sample.tokens() for path, sample in samples.items() if sample.seen}
 
     def close(self) -> None:
         """Free everything."""
@@ -164,6 +199,42 @@ class DualStream:
             error += float((full - real_tokens(self.x_q[position], batch.tokens).double()).square().sum())
             energy += float(full.square().sum())
         return error / energy if energy else 0.0
+
+
+class _Sample:
+    """Some of the tokens that come by: the largest, and each of a certain number."""
+
+    def __init__(self, largest: int, every: int) -> None:
+        self._count, self._every = largest, every
+        self._largest: Tensor | None = None
+        self._even: list[Tensor] = []
+        self.seen = 0
+
+    def add(self, tokens: Tensor) -> None:
+        """Take (token, features) into account."""
+        if not len(tokens):
+            return
+        first = -self.seen % self._every
+        self._even.append(tokens[first :: self._every].float())
+        self.seen += len(tokens)
+        both = tokens.float() if self._largest is None else torch.cat([self._largest, tokens.float()])
+        self._largest = both[both.abs().amax(1).argsort(descending=True, stable=True)[: self._count]]
+
+    def tokens(self) -> Tensor:
+        """Return those that were kept, the largest first."""
+        assert self._largest is not None
+        return torch.cat([self._largest, *self._even])
+
+
+def _sampling(sample: _Sample, tokens: TokenBatch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        del module
+        values = arguments[0].detach()
+        # The rows of an expert are no longer those of the batch; padding is not told there.
+        whole = values.shape[:-1].numel() == tokens.ids.numel()
+        sample.add(real_tokens(values, tokens) if whole else values.reshape(-1, values.shape[-1]))
+
+    return add
 
 
 def real_tokens(values: Tensor, tokens: TokenBatch) -> Tensor:

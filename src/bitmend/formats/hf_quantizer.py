@@ -24,6 +24,7 @@ from bitmend.errors import CheckpointError, ModelError, RecipeError
 from bitmend.formats.integrity import check_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.safetensors_file import TensorRecord
+from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.models.attention import attach_attention, use_rounding_attention_
 from bitmend.models.experts import experts_of, unpack_experts_
 from bitmend.numerics.activations import ActivationSpec
@@ -261,10 +262,11 @@ def _features_given(module: nn.Module) -> int | None:
 def _check_width(name: str, scheme: InputScheme, width: int | None) -> None:
     if width is None:
         raise CheckpointError(f"the checkpoint changes activations at {name}, which is no layer, norm or embedding")
-    if scheme.rotation is not None and width % (scheme.rotation.size * scheme.rotation.inner):
-        raise CheckpointError(
-            f"the checkpoint rotates {scheme.rotation.size} x {scheme.rotation.inner} features at {name}, which has {width}"
-        )
+    exactly = isinstance(scheme.rotation, BlockRotation)
+    inner = 1 if scheme.rotation is None else scheme.rotation.inner
+    size = 0 if scheme.rotation is None else scheme.rotation.size * inner
+    if size and (width != size if exactly else width % size):
+        raise CheckpointError(f"the checkpoint rotates {size // inner} x {inner} features at {name}, which has {width}")
     if scheme.activations is not None:
         _check_groups(name, scheme.activations, width)
 

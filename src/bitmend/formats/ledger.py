@@ -6,6 +6,7 @@ of their weights; biases are not weights), and the whole model with embeddings, 
 over the number of the model's original parameters). The header of a file is counted apart.
 """
 
+import json
 import re
 import struct
 from collections import Counter
@@ -74,7 +75,9 @@ class Ledger:
         quantised_weights: parameters in quantised modules, without biases.
         format: what config.json calls it: `bitmend`, `gptq`, `gptq_v2`, `awq`, `compressed-tensors` or another tool's
             name; `unquantised` when it calls it nothing.
-        online: what is done to activations while the model runs, in words -> at how many modules. Takes no bytes.
+        online: what is done to activations while the model runs, in words -> at how many modules.
+        rotation_bytes: what config.json takes for rotations that are more than a size and a seed; no part of `file_bytes`,
+            but counted in the bits per weight.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -84,18 +87,20 @@ class Ledger:
     quantised_weights: int
     format: str = "unquantised"
     online: Mapping[str, int] = field(default_factory=dict)
+    rotation_bytes: int = 0
 
     @property
     def bits_per_weight(self) -> float | None:
         """Of the quantised layers only; None when there are none."""
         if not self.quantised_weights:
             return None
-        return sum(self.bits[category] for category in QUANTISED) / self.quantised_weights
+        stored = sum(self.bits[category] for category in QUANTISED)
+        return (stored + 8 * self.rotation_bytes) / self.quantised_weights
 
     @property
     def bits_per_weight_model(self) -> float:
         """Of the whole model, embeddings and head included, without the header of the file."""
-        return (8 * self.file_bytes - self.bits["header"]) / max(1, self.parameters)
+        return (8 * (self.file_bytes + self.rotation_bytes) - self.bits["header"]) / max(1, self.parameters)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ledger.json."""
@@ -108,6 +113,7 @@ class Ledger:
             "quantised_weights": self.quantised_weights,
             "bits": dict(self.bits),
             "online": dict(self.online),
+            "rotation_bytes": self.rotation_bytes,
             "modules": [
                 {
                     "name": row.name,
@@ -187,7 +193,13 @@ def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: 
             account.extra += record.numel
             account.book(_category(name, record), bits)
     account_of_all = _closed(accounts, quantised, headers)
-    return replace(account_of_all, format=_format_name(described), online=_online(described))
+    rotations = described.get("rotations")
+    return replace(
+        account_of_all,
+        format=_format_name(described),
+        online=_online(described),
+        rotation_bytes=len(json.dumps(rotations)) if rotations else 0,
+    )
 
 
 def _used_bits(category: str, module: str, codes: _Codes, records: Mapping[str, TensorRecord], stored: int) -> int:

@@ -23,13 +23,17 @@ as version 1, and readers of version 1 refuse one with it:
  "outputs": {"model.embed_tokens": {"rotation": {"size": 256, "seed": 0, "inner": 1, "transposed": false}}}}
 ```
 
-What happens inside the attention comes with format version 3, for each module that attends; what is not done is left out:
+What happens inside the attention comes with format version 3, for each module that attends; what is not done is left out.
+Rotations that are made for a layer's inputs come with it, too: several layers read the same, so that each stands once in
+`rotations`, and `inputs` names it by its place:
 
 ```json
 {"attentions": {"model.layers.0.self_attn": {"rotation": {"size": 64, "seed": null, "inner": 1, "transposed": false},
                                              "keys": {"bits": 4, "symmetric": false, "group_size": -1, "clip_ratio": 1.0,
                                                       "scale_bits": 16},
-                                             "values": {"bits": 4, "...": "..."}}}}
+                                             "values": {"bits": 4, "...": "..."}}},
+ "inputs": {"model.layers.0.mlp.up_proj": {"rotation": {"shared": 0}}},
+ "rotations": [{"block": 128, "seed": 0, "first": [17, 3], "order": [5, 0, "..."], "second": [9], "transposed": false}]}
 ```
 
 `seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
@@ -39,13 +43,14 @@ cannot tell a scheme that was changed. Folders of older versions have none.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from bitmend.errors import CheckpointError, RecipeError, RequestError
+from bitmend.linalg.greedy_rotation import AnyRotation, BlockRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
@@ -58,6 +63,9 @@ FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION = 1, 2, 3
 LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
 OPERANDS = ("queries", "keys", "values", "probabilities")
+LARGEST_BLOCK, LARGEST_STEPS = 4096, 4096  # of a rotation in blocks
+BLOCK_ROTATION = ("block", "seed", "first", "order", "second", "transposed")
+LATELY = 8  # rotations among which an equal one is looked for: the layers that share one stand together
 LAYOUTS = ("uniform",)
 KINDS = ("linear", "conv1d", "embedding")
 SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -112,18 +120,24 @@ class Manifest:
             if scheme not in schemes:
                 schemes.append(scheme)
             modules[name] = {"scheme": schemes.index(scheme), "shape": list(entry.shape), "kind": entry.kind}
-        online = bool(self.inputs or self.outputs or self.attentions)
-        version = VERSION_WITH_INPUTS if online else FORMAT_VERSION
-        version = VERSION_WITH_ATTENTION if self.attentions else version
-        config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": version}
+        inputs = {name: input_to_json(scheme) for name, scheme in self.inputs.items()}
+        shared = _share_rotations_(inputs)
+        config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": self._version(bool(shared))}
         config |= {"schemes": schemes, "modules": modules, "tied": dict(self.tied)}
-        if online:
-            config["inputs"] = {name: input_to_json(scheme) for name, scheme in self.inputs.items()}
+        if config["format_version"] >= VERSION_WITH_INPUTS:
+            config["inputs"] = inputs
             config["outputs"] = {name: input_to_json(InputScheme(one)) for name, one in self.outputs.items()}
-        if self.attentions:
+        if config["format_version"] >= VERSION_WITH_ATTENTION:
             config["attentions"] = {name: attention_to_json(one) for name, one in self.attentions.items()}
+            config["rotations"] = shared
         config |= {"provenance": dict(self.provenance), "files": dict(self.files)}
         return config | {"seal": _seal(config)}
+
+    def _version(self, shares: bool) -> int:
+        """Return the oldest format version that holds all of this, so that older readers read what they can."""
+        if self.attentions or shares:
+            return VERSION_WITH_ATTENTION
+        return VERSION_WITH_INPUTS if self.inputs or self.outputs else FORMAT_VERSION
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Manifest":
@@ -155,10 +169,12 @@ class Manifest:
             )
         inputs, outputs, attentions = {}, {}, {}
         if version >= VERSION_WITH_INPUTS:
-            inputs = {name: input_from_json(name, one) for name, one in _get(config, "inputs", dict).items()}
+            shared = _get(config, "rotations", list) if version >= VERSION_WITH_ATTENTION else []
+            read = [block_rotation_from_json(one) for one in shared]
+            inputs = {name: input_from_json(name, one, read) for name, one in _get(config, "inputs", dict).items()}
             schemes_out = {name: input_from_json(name, one) for name, one in _get(config, "outputs", dict).items()}
             for name, one in schemes_out.items():
-                if one.rotation is None or one.activations is not None:
+                if not isinstance(one.rotation, Rotation) or one.activations is not None:
                     raise CheckpointError(
                         f"quantization_config.outputs[{name!r}] must hold a rotation and nothing else"
                     )
@@ -206,8 +222,13 @@ def input_to_json(scheme: InputScheme) -> dict[str, Any]:
     return found
 
 
-def input_from_json(name: str, item: Any) -> InputScheme:
+def input_from_json(name: str, item: Any, shared: Sequence[BlockRotation] = ()) -> InputScheme:
     """Return what `input_to_json` wrote.
+
+    Args:
+        name: of the module.
+        item: the JSON.
+        shared: rotations that are stored once for several modules.
 
     Raises:
         CheckpointError: a missing or unknown key, a wrong type or an impossible value; names the module.
@@ -215,7 +236,7 @@ def input_from_json(name: str, item: Any) -> InputScheme:
     where = f"what quantization_config does to activations at {name}"
     if not isinstance(item, dict) or not item or not set(item) <= {"rotation", "activations"}:
         raise CheckpointError(f"{where} must be a table of rotation or activations; got {item!r:.80}")
-    rotation = _rotation_from_json(where, item) if "rotation" in item else None
+    rotation = _rotation_from_json(where, item, shared) if "rotation" in item else None
     return InputScheme(rotation, _activations_from_json(where, item, "activations") if "activations" in item else None)
 
 
@@ -236,17 +257,70 @@ def attention_from_json(name: str, item: Any) -> AttentionScheme:
     if not isinstance(item, dict) or not item or not set(item) <= {"rotation", *OPERANDS}:
         raise CheckpointError(f"{where} must be a table of rotation, {', '.join(OPERANDS)}; got {item!r:.80}")
     rotation = _rotation_from_json(where, item) if "rotation" in item else None
+    if rotation is not None and not isinstance(rotation, Rotation):
+        raise CheckpointError(f"{where} must rotate heads by size and seed; got {item['rotation']!r:.80}")
     specs = {key: _activations_from_json(where, item, key) for key in OPERANDS if key in item}
     return AttentionScheme(rotation, **specs)
 
 
-def _rotation_to_json(rotation: Rotation) -> dict[str, Any]:
-    keys = ("size", "seed", "inner", "transposed")
-    return {key: getattr(rotation, key) for key in keys}
+def _rotation_to_json(rotation: AnyRotation) -> dict[str, Any]:
+    keys = BLOCK_ROTATION if isinstance(rotation, BlockRotation) else ("size", "seed", "inner", "transposed")
+    found = {key: getattr(rotation, key) for key in keys}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
-def _rotation_from_json(where: str, item: Mapping[str, Any]) -> Rotation:
+def block_rotation_from_json(item: Any) -> BlockRotation:
+    """Return a rotation in blocks as `input_to_json` wrote it.
+
+    Raises:
+        CheckpointError: a missing or unknown key, a wrong type or an impossible value.
+    """
+    where = "a rotation of quantization_config"
+    if not isinstance(item, dict) or set(item) != set(BLOCK_ROTATION):
+        raise CheckpointError(f"{where} must say {', '.join(BLOCK_ROTATION)}; got {item!r:.80}")
+    numbers = {key: _get(item, key, list) for key in ("first", "order", "second")}
+    if any(len(one) > LARGEST_ROTATION or any(type(each) is not int for each in one) for one in numbers.values()):
+        raise CheckpointError(f"{where} must list whole numbers, at most {LARGEST_ROTATION}; got {item!r:.80}")
+    block, seed = _get(item, "block", int), _get(item, "seed", int)
+    if (
+        not 1 <= block <= LARGEST_BLOCK
+        or max(len(numbers["first"]), len(numbers["second"])) > LARGEST_STEPS
+        or seed < 0
+    ):
+        raise CheckpointError(
+            f"{where} must have blocks of 1 to {LARGEST_BLOCK}, at most {LARGEST_STEPS} steps and a seed of 0 or more; got "
+            f"{item!r:.80}"
+        )
+    steps = [tuple(numbers[key]) for key in ("first", "order", "second")]
+    try:
+        return BlockRotation(block, seed, *steps, _get(item, "transposed", bool))
+    except ValueError as error:
+        raise CheckpointError(f"{where} is impossible: {error}") from error
+
+
+def _share_rotations_(inputs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the number of a rotation in blocks in its place, and return those rotations, equal ones of neighbours once."""
+    shared: list[dict[str, Any]] = []
+    for scheme in inputs.values():
+        rotation = scheme.get("rotation", {})
+        if "order" not in rotation:
+            continue
+        start = max(0, len(shared) - LATELY)
+        if rotation not in shared[start:]:
+            shared.append(rotation)
+        scheme["rotation"] = {"shared": shared.index(rotation, start)}
+    return shared
+
+
+def _rotation_from_json(where: str, item: Mapping[str, Any], shared: Sequence[BlockRotation] = ()) -> AnyRotation:
     about = _get(item, "rotation", dict)
+    if "order" in about:
+        return block_rotation_from_json(about)
+    if "shared" in about:
+        place = _get(about, "shared", int)
+        if not 0 <= place < len(shared):
+            raise CheckpointError(f"{where} names rotation {place}, but there are {len(shared)}")
+        return shared[place]
     seed, sides = about.get("seed"), (_get(about, "size", int), _get(about, "inner", int))
     if set(about) != {"size", "seed", "inner", "transposed"} or not (seed is None or type(seed) is int):
         raise CheckpointError(f"{where} must say size, seed, inner and transposed of a rotation; got {about!r:.80}")
@@ -321,7 +395,7 @@ def spec_from_json(scheme: Mapping[str, Any]) -> QuantSpec:
 
 def _seal(config: Mapping[str, Any]) -> str:
     sealed = [config["schemes"], config["modules"], config["tied"]]
-    sealed += [config[key] for key in ("inputs", "outputs", "attentions") if key in config]
+    sealed += [config[key] for key in ("inputs", "outputs", "attentions", "rotations") if key in config]
     return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.moments import Moments
 
+PANEL = 256  # rows or columns of a triangular product that are computed at once
+
 
 def causal_rows(cross: Float[Tensor, "in in"], factor: InverseFactor) -> Float[Tensor, "in in"]:
     """Return P = triu(C U^T, 1) U, rows and columns in rounding order.
@@ -25,16 +27,20 @@ def causal_rows(cross: Float[Tensor, "in in"], factor: InverseFactor) -> Float[T
         cross: C (or G + C for the second term of ResComp), in the matrix's own column order.
         factor: of the damped inverse.
 
-    Cost: 4 in^3 operations.
+    Cost: 4/3 in^3 operations: both products leave out what is known to be zero.
     """
-    ordered = cross[factor.order][:, factor.order]
-    return torch.triu(ordered @ factor.U.T, 1) @ factor.U
+    rows = cross[factor.order][:, factor.order]
+    for start in range(0, len(rows), PANEL):
+        panel, U = rows[start : start + PANEL], factor.U[start:, start:]
+        panel[:, start:] = torch.triu(panel[:, start:] @ U.T, 1) @ U
+        panel[:, :start] = 0
+    return rows
 
 
 def target_shift(weight: Float[Tensor, "out in"], moments: Moments, factor: InverseFactor) -> Float[Tensor, "out in"]:
     """Return B = W C H^-1, in the matrix's own column order, float64.
 
-    Cost: 6 out in^2 operations; for more than half as many rows as columns 2 out in^2, after 4 in^3 once for all sites
+    Cost: 4 out in^2 operations; for more than half as many rows as columns 2 out in^2, after 2 in^3 once for all sites
     that share the moments.
     """
     if moments.C is None:
@@ -48,7 +54,14 @@ def target_shift(weight: Float[Tensor, "out in"], moments: Moments, factor: Inve
 
 
 def _times_inverse(values: Float[Tensor, "rows in"], factor: InverseFactor) -> Float[Tensor, "rows in"]:
-    """Return `values` H^-1."""
+    """Return `values` H^-1; both products leave out what is known to be zero."""
+    ordered, columns = values[:, factor.order], len(factor.U)
+    for start in range(0, columns, PANEL):
+        stop = min(start + PANEL, columns)
+        ordered[:, start:stop] = ordered[:, start:] @ factor.U[start:stop, start:].T
+    for start in reversed(range(0, columns, PANEL)):
+        stop = min(start + PANEL, columns)
+        ordered[:, start:stop] = ordered[:, :stop] @ factor.U[:stop, start:stop]
     product = torch.empty_like(values)
-    product[:, factor.order] = values[:, factor.order] @ factor.U.T @ factor.U
+    product[:, factor.order] = ordered
     return product

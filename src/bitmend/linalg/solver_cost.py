@@ -14,7 +14,7 @@ class SolverCost:
     Attributes:
         factors: factorisations of an (in, in) moment; shared by the sites of a group.
         squares: (in, in) float64 matrices that are kept beside the moments, factors counted; shared likewise.
-        square_products: float64 products of two (in, in) matrices; shared likewise.
+        square_products: float64 products of two (in, in) matrices; two with a triangular one count as one; shared likewise.
         sweeps: passes over all columns, however many copies of the matrix each takes along.
         copies: copies of the matrix in all sweeps together.
         stacked: copies in one sweep, at most.

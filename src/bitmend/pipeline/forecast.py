@@ -18,6 +18,7 @@ from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.observers import CHUNK_ENTRIES
 from bitmend.numerics.products import WIDENED_ROWS
 from bitmend.numerics.qtensor import QuantSpec
+from bitmend.pipeline.transform_guard import GUARD_ROWS
 from bitmend.runtime.packed import packed_shapes
 
 DOUBLE, SINGLE = 8, 4
@@ -136,6 +137,7 @@ class Facts:
         on_disk: activations are kept on disk.
         on_device: blocks run on a device with memory of its own.
         keep_wide: results of wide layers are kept from run to run.
+        judged: how many transforms the guard judges at each block.
         widened: products of the layers are taken in float32 (`numerics/products.py`).
         held_bytes: what the process held above its baseline when the forecast was made, tensors outside the blocks apart.
         opening_bytes: the most that it had held above its baseline until then: a tokenizer at work on the calibration texts
@@ -157,6 +159,7 @@ class Facts:
     on_disk: bool = False
     on_device: bool = False
     keep_wide: bool = False
+    judged: int = 0
     widened: bool = False
     held_bytes: int = 0
     opening_bytes: int = 0
@@ -262,6 +265,8 @@ def _stages(facts: Facts) -> Iterator[Stage]:
     yield Stage(OPENING, {"opening the model, drawing calibration rows": float(facts.opening_bytes)})
     written = float(sum(block.count * block.written_bytes for block in facts.blocks))
     for block in facts.blocks:
+        if facts.judged and facts.has_held_out:
+            yield _judging(facts, block)
         if facts.batches:
             yield _full_precision_pass(facts, block)
             for position in range(len(block.groups)):
@@ -345,6 +350,19 @@ def _full_precision_pass(facts: Facts, block: BlockShape) -> Stage:
     on_device = {"block weights": float(block.weight_bytes), "forward of a batch": _work_bytes(facts, block)}
     stage = _stage(facts, "full-precision forward", on_device, {})
     return _placed(facts, stage, _stores(facts, block, inputs=True))
+
+
+def _judging(facts: Facts, block: BlockShape) -> Stage:
+    """`Transforms.apply_` under the guard: the block as it was, its weights while they are rounded, a few rows thrice."""
+    site = max(block.sites, key=lambda one: one.entries)
+    rows = GUARD_ROWS * max(batch.length for batch in facts.batches if batch.held_out)
+    on_device = {
+        "block weights": 3.0 * block.weight_bytes,
+        "forward of a batch": _work_bytes(facts, block),
+        "rows of the guard": 3.0 * rows * facts.hidden * facts.dtype_bytes,
+        "rounding a site": float(3 * SINGLE * site.entries),
+    }
+    return _placed(facts, _stage(facts, "judging a transform", on_device, {}), _stores(facts, block, inputs=False))
 
 
 def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:

@@ -183,6 +183,7 @@ def gather_facts(
         refit=wanted.refit,
         keep_inputs=wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM),
         on_disk=on_disk,
+        judged=len(recipe.transforms),
         on_device=device.type != "cpu",
         widened=device.type == "cpu" and adapter.dtype == torch.bfloat16 and bfloat16_is_slower(),
         held_bytes=held,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
-from bitmend.linalg.hadamard import Rotation
+from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.models.attention import attach_attention
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.online import AttentionScheme, InputScheme, attach_input
@@ -20,7 +20,8 @@ from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
 from bitmend.pipeline.rare_experts import refuse_rare_experts
 from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
-from bitmend.pipeline.transforming import Transforms
+from bitmend.pipeline.transform_guard import TransformGuard
+from bitmend.pipeline.transforming import BlockTransforms, Transforms
 from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
 from bitmend.sites import AttentionSite, Block
 
@@ -70,8 +71,12 @@ def quantise_blocks(
     """
     if recipe.rounds_attention:
         adapter.prepare_attention_()
-    transforms = transforms or Transforms(adapter, recipe.build_transforms(), trace_batch())
+    transforms = transforms or Transforms(adapter, recipe.build_transforms(), trace_batch(), recipe.forced_transforms())
     loop = _Loop(adapter, recipe, report, device, journal, transforms)
+    if batches:
+        transforms.guard = TransformGuard(
+            adapter, lambda site: recipe.scheme(site.name, adapter.dtype), loop.rounding, batches, device
+        )
     names = adapter.block_names
     first = 0 if journal is None else journal.num_finished
     if batches and first == 0 and recipe.calibration.rare_experts == "refuse" and loop.measures:
@@ -141,13 +146,13 @@ class _Loop:
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()
-        block, rotations, events = self._open(index, streams)
-        report = BlockReport(block.name)
+        block, transformed, events = self._open(index, streams)
+        report = BlockReport(block.name, transforms=transformed.judged)
         self.report.blocks.append(report)
         with self.timed("forward"):
             run = None if streams is None else self._both_streams(streams, block)
         return_free_memory()
-        with self._rounding(block):
+        with self.rounding(block):
             sites = self._solve(block, run, report, events)
             return_free_memory()
             if streams is not None and run is not None:
@@ -158,7 +163,7 @@ class _Loop:
         report.seconds = time.perf_counter() - started
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
         self.report.events += events
-        inputs, attentions = self._input_schemes(block, rotations), self._attention_schemes(block)
+        inputs, attentions = self._input_schemes(block, transformed.inputs), self._attention_schemes(block)
         self.transforms.release_block()
         online = {f"{block.name}.{path}" if path else block.name: scheme for path, scheme in attentions.items()}
         return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events), inputs, online)
@@ -179,7 +184,7 @@ class _Loop:
             for site in block.sites:
                 if site.name in finished.sites:
                     site.store_(block.module, finished.sites[site.name].dequantize(self.adapter.dtype))
-            with self._rounding(block):
+            with self.rounding(block):
                 error = run.finish_()
         self.transforms.release_block()
         if error != finished.report.relative_error:
@@ -189,17 +194,16 @@ class _Loop:
                 "would not fit; go on there, or pass --overwrite to start again"
             )
 
-    def _open(self, index: int, streams: DualStream | None) -> tuple[Block, dict[str, Rotation], list[Event]]:
-        """Load a block and apply the transforms; return also how inputs of its layers are rotated while it runs."""
+    def _open(self, index: int, streams: DualStream | None) -> tuple[Block, BlockTransforms, list[Event]]:
+        """Load a block and apply the transforms; return also what they did and all that the user must be told."""
         with self.timed("load"):
             self.adapter.load_block(index)
             block = self.adapter.describe_block(index, trace_batch())
-            rotations, told = self.transforms.apply_(block, streams)
-        events = _unread_events(block)
-        return block, rotations, events + told
+            transformed = self.transforms.apply_(block, streams)
+        return block, transformed, _unread_events(block) + transformed.events
 
     @contextmanager
-    def _rounding(self, block: Block) -> Iterator[None]:
+    def rounding(self, block: Block) -> Iterator[None]:
         """Round what layers and attention read, as in the finished model; the full-precision stream has passed before."""
         wanted = {site: self.recipe.activation_spec(site.name) for site in block.sites}
         with ExitStack() as attached:
@@ -220,7 +224,7 @@ class _Loop:
         schemes = {site.path: self.recipe.attention_scheme(site) for site in self._attentions[block.index]}
         return {path: scheme for path, scheme in schemes.items() if scheme is not None}
 
-    def _input_schemes(self, block: Block, rotations: Mapping[str, Rotation]) -> dict[str, InputScheme]:
+    def _input_schemes(self, block: Block, rotations: Mapping[str, AnyRotation]) -> dict[str, InputScheme]:
         """Return what is done to the inputs of layers while the finished model runs, by full path."""
         activations = {site.path: self.recipe.activation_spec(site.name) for site in block.sites}
         schemes = {path: InputScheme(rotations.get(path), activations.get(path)) for path in [*activations, *rotations]}

@@ -182,8 +182,22 @@ class Recipe(_Section):
         return build_part(SOLVERS, self.solver)
 
     def build_transforms(self) -> list[Any]:
-        """Return the transforms in order."""
-        return [build_part(TRANSFORMS, keys) for keys in self.transforms]
+        """Return the transforms in order.
+
+        Raises:
+            RecipeError: `force`, which every transform has beside its own keys, is neither true nor false.
+        """
+        for keys in self.transforms:
+            if not isinstance(keys.get("force", False), bool):
+                raise RecipeError(f"force of a transform must be true or false; got {keys['force']!r}")
+        return [
+            build_part(TRANSFORMS, {key: value for key, value in keys.items() if key != "force"})
+            for keys in self.transforms
+        ]
+
+    def forced_transforms(self) -> list[bool]:
+        """Return of each transform whether it stays even where it makes a block worse."""
+        return [keys.get("force", False) for keys in self.transforms]
 
     def scheme(self, site: str, model_dtype: torch.dtype) -> QuantSpec | None:
         """Return how one site is quantised, or None when an override skips it."""

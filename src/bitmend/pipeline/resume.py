@@ -46,7 +46,7 @@ from bitmend.formats.writer import PARTS, CheckpointWriter, output_error, partia
 from bitmend.numerics.qtensor import QTensor
 from bitmend.online import AttentionScheme, InputScheme
 from bitmend.pipeline.fingerprint import differences
-from bitmend.protocols import BlockReport, Event, RunReport, SiteReport, Solution, SolvedSite
+from bitmend.protocols import BlockReport, Event, RunReport, SiteReport, Solution, SolvedSite, TransformReport
 from bitmend.sites import Block
 
 JOURNAL_VERSION = 2
@@ -395,7 +395,9 @@ def report_from_json(values: Mapping[str, Any]) -> RunReport:
 
 
 def _block_report(values: Mapping[str, Any]) -> BlockReport:
-    return BlockReport(**{**values, "sites": [SiteReport(**site) for site in values["sites"]]})
+    sites = [SiteReport(**site) for site in values["sites"]]
+    transforms = [TransformReport(**one) for one in values.get("transforms", [])]
+    return BlockReport(**{**values, "sites": sites, "transforms": transforms})
 
 
 def _events_to_json(events: tuple[Event, ...]) -> list[dict[str, Any]]:

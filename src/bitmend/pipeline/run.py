@@ -146,7 +146,8 @@ def quantize(
         journal = _open_journal(writer, fingerprint, adapter.block_names, progress, resume=resume, overwrite=overwrite)
         with _keeping_work(writer, journal):
             activations = writer.partial / ACTIVATIONS if ahead.facts.on_disk else None
-            transforms = Transforms(adapter, plan.build_transforms(), trace_batch())
+            parts, forced = plan.build_transforms(), plan.forced_transforms()
+            transforms = Transforms(adapter, parts, trace_batch(), forced)
             entries, inputs, attentions = _write_blocks(
                 request, batches, report, progress, journal, activations, transforms, ahead.facts.keep_wide
             )

@@ -1,26 +1,58 @@
 """Transforms at work: the ends of the model once, then block by block, each proved to keep what the model computes.
 
 What a block or an end did before is compared with what it does afterwards on a few tokens, so that a wrong guess of how its
-layers hang together (`models/wiring.py`) ends the run with a sentence and not in a worse model.
+layers hang together (`models/wiring.py`) ends the run with a sentence and not in a worse model. Where rows are held out, a
+guard (`pipeline/transform_guard.py`) drops a transform from a block that it makes worse at the same bits; one that rotates
+the residual stream is judged at the first block, for all of them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bitmend.calibrate.dual_stream import DualStream
 from bitmend.errors import ModelError, NumericsError, RecipeError
+from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.online import InputScheme, attach_input, attach_output
 from bitmend.pipeline.per_site import finite_weight
-from bitmend.protocols import Calibrated, Event, ModelAdapter, ModelTransform, TokenBatch, Transform, Transformed
+from bitmend.pipeline.transform_guard import TransformGuard
+from bitmend.protocols import (
+    TRANSFORMS,
+    BlockInputs,
+    Calibrated,
+    Event,
+    ModelAdapter,
+    ModelTransform,
+    TokenBatch,
+    Transform,
+    Transformed,
+    TransformReport,
+)
 from bitmend.sites import Block
 
 # Largest error of what a part computes, over its size, that rounding to its dtype explains; a wrong rotation gives about 1.
 # Models compute norms and softmax in float32, whatever their dtype.
 SMALL = 0.05  # size of the numbers that blocks are proved on
 SLACK = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass
+class BlockTransforms:
+    """What was done to a block.
+
+    Attributes:
+        inputs: path of a layer in the block -> rotation of its input while the model runs.
+        events: what the user must be told.
+        judged: what the guard found.
+    """
+
+    inputs: dict[str, AnyRotation]
+    events: list[Event]
+    judged: list[TransformReport]
 
 
 class Transforms:
@@ -30,22 +62,29 @@ class Transforms:
         inputs: path in the model -> rotation of what a module reads, around the blocks.
         outputs: path in the model -> rotation of what a module gives, around the blocks.
         events: what the user must be told of the ends.
+        guard: judges transforms on held-out rows; None keeps them all.
     """
 
-    def __init__(self, adapter: ModelAdapter, parts: Sequence[Transform], batch: TokenBatch) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, parts: Sequence[Transform], batch: TokenBatch, forced: Sequence[bool] | None = None
+    ) -> None:
         """Prepare; nothing is changed yet.
 
         Args:
             adapter: the model.
             parts: the transforms in order.
             batch: a few tokens for the proofs.
+            forced: of each transform, whether it stays even if it makes a block worse; None: no.
         """
-        self._adapter, self._parts, self._batch = adapter, tuple(parts), batch
+        self._adapter, self._batch = adapter, batch
+        self._parts = list(zip(parts, forced or [False] * len(parts), strict=True))
         self._begun = False
         self._rotating: Transform | None = None  # the one that rotates the residual stream
         self._rotation: Rotation | None = None
         self._on_block: list[RemovableHandle] = []
-        self.inputs: dict[str, Rotation] = {}
+        self._at_first: list[TransformReport] = []
+        self.guard: TransformGuard | None = None
+        self.inputs: dict[str, AnyRotation] = {}
         self.outputs: dict[str, Rotation] = {}
         self.events: list[Event] = []
 
@@ -59,36 +98,65 @@ class Transforms:
         if self._begun:
             return
         self._begun = True
+        for part, forced in list(self._parts):
+            if isinstance(part, ModelTransform) and self._helps_at_first_block(part, forced):
+                self._apply_to_ends_(part)
+
+    def _apply_to_ends_(self, part: ModelTransform) -> None:
         adapter = self._adapter
-        for part in self._parts:
-            if not isinstance(part, ModelTransform):
-                continue
-            ends = adapter.ends(self._batch)
-            hidden = adapter.block_inputs(self._batch).hidden
-            logits = adapter.logits(hidden, self._batch)
-            rotation = part.residual_rotation(ends)
-            if rotation is not None:
-                if self._rotation is not None:
-                    raise RecipeError(
-                        "two transforms rotate the residual stream; leave one out, or set its residual = false"
-                    )
-                self._rotating, self._rotation = part, rotation
-                hidden = rotation.apply(hidden)
-            done = part.apply_to_ends_(ends)
-            _refuse_twice(self.inputs, done)
-            _attach(ends.model, done)
-            self.inputs |= done.inputs
-            self.outputs |= done.outputs
-            self.events += done.events
-            if part.exact:
-                _prove(part, "the embedding", hidden, adapter.block_inputs(self._batch).hidden)
-                _prove(part, "the output head", logits, adapter.logits(hidden, self._batch))
+        ends = adapter.ends(self._batch)
+        hidden = adapter.block_inputs(self._batch).hidden
+        logits = adapter.logits(hidden, self._batch)
+        rotation = part.residual_rotation(ends)
+        if rotation is not None:
+            if self._rotation is not None:
+                raise RecipeError(
+                    "two transforms rotate the residual stream; leave one out, or set its residual = false"
+                )
+            self._rotating, self._rotation = part, rotation
+            hidden = rotation.apply(hidden)
+        done = part.apply_to_ends_(ends)
+        _refuse_twice(self.inputs, done)
+        _attach(ends.model, done)
+        self.inputs |= done.inputs
+        self.outputs |= done.outputs
+        self.events += done.events
+        if part.exact:
+            _prove(part, "the embedding", hidden, adapter.block_inputs(self._batch).hidden)
+            _prove(part, "the output head", logits, adapter.logits(hidden, self._batch))
 
-    def apply_(self, block: Block, streams: Calibrated | None) -> tuple[dict[str, Rotation], list[Event]]:
+    def _helps_at_first_block(self, part: ModelTransform, forced: bool) -> bool:
+        """Judge a transform that rotates the residual stream; drop it, saying so, where it does not help.
+
+        It is applied to the first block alone, whose input is rotated likewise: the ends of the model stay as they are.
+        """
+        rotation = part.residual_rotation(self._adapter.ends(self._batch))
+        if rotation is None or self.guard is None or not self.guard.positions:
+            return True
+        hidden, inputs = self.guard.embedded()
+        self._adapter.load_block(0)
+        try:
+            block = self._adapter.describe_block(0, self._batch)
+            _refuse_not_finite(block)
+            wiring = self._adapter.wiring_of(block, self._batch)
+            wanted = self.guard.added(block, hidden, inputs)
+            before = self.guard.error(block, hidden, inputs, wanted)
+            handles = _attach(block.module, part.apply_(block, wiring, None))
+            turned = [[rotation.apply(one) for one in values] for values in (hidden, wanted)]
+            after = self.guard.error(block, turned[0], inputs, turned[1])
+            for handle in handles:
+                handle.remove()
+        finally:
+            self._adapter.release_block(0)
+        judged = self._judge(part, before, after, forced)
+        self._at_first.append(judged)
+        if not judged.kept:
+            self._parts = [pair for pair in self._parts if pair[0] is not part]
+            self.events.append(_dropped(judged, f"{block.name} and, with it, of the whole model"))
+        return judged.kept
+
+    def apply_(self, block: Block, streams: Calibrated | None) -> BlockTransforms:
         """Transform a loaded block; its online rotations stay attached until the next one, or `release_block`.
-
-        Returns:
-            Path of a layer in the block -> rotation of its input; and what the user must be told.
 
         Raises:
             RecipeError: two transforms rotate the same input.
@@ -96,30 +164,55 @@ class Transforms:
             NumericsError: NaN or Inf in the weights of the block.
         """
         self.release_block()
-        inputs: dict[str, Rotation] = {}
-        events: list[Event] = []
+        found = BlockTransforms({}, [], self._at_first if block.index == 0 else [])
         if not self._parts:
-            return inputs, events
+            return found
         _refuse_not_finite(block)
         given = self._adapter.block_inputs(self._batch)
         wiring = self._adapter.wiring_of(block, self._batch)
         hidden = _small_numbers_like(given.hidden)
+        # The streams are rotated from the embedding on, the block only once it is its turn.
+        turn = None if self._rotation is None else self._rotation.inverse
 
         def added(hidden: Tensor) -> Tensor:
             return self._adapter.run_block(block.index, hidden, given) - hidden
 
-        for part in self._parts:
+        for part, forced in self._parts:
             before = added(hidden)
-            done = part.apply_(block, wiring, streams)
-            _refuse_twice(inputs, done)
-            self._on_block += _attach(block.module, done)
-            inputs |= done.inputs
-            events += done.events
+            judging = self._begin_judging(block, streams, turn) if part is not self._rotating else None
+            done = part.apply_(block, wiring, _turned(streams, turn))
+            _refuse_twice(found.inputs, done)
+            handles = _attach(block.module, done)
             if part is self._rotating and self._rotation is not None:
-                hidden, before = self._rotation.apply(hidden), self._rotation.apply(before)
+                hidden, before, turn = self._rotation.apply(hidden), self._rotation.apply(before), None
             if part.exact:
                 _prove(part, block.name, before, added(hidden))
-        return inputs, events
+            if judging is not None:
+                judged = self._judge(part, judging.before, judging.error(), forced)
+                found.judged.append(judged)
+                if not judged.kept:
+                    judging.restore_(handles)
+                    found.events.append(_dropped(judged, block.name))
+                    continue
+            self._on_block += handles
+            found.inputs |= done.inputs
+            found.events += done.events
+        return found
+
+    def _begin_judging(self, block: Block, streams: Calibrated | None, turn: Rotation | None) -> "_Judging | None":
+        if self.guard is None or not self.guard.positions or not isinstance(streams, DualStream):
+            return None
+        hidden = [streams.x_q[position].to(streams.device) for position in self.guard.positions]
+        if turn is not None:
+            hidden = [turn.apply(one) for one in hidden]
+        inputs = [streams.batches[position].inputs for position in self.guard.positions]
+        wanted = self.guard.added(block, hidden, inputs)
+        return _Judging(self.guard, block, hidden, inputs, wanted)
+
+    def _judge(self, part: Transform, before: float, after: float, forced: bool) -> TransformReport:
+        # Not a number is not better.
+        helps = after <= before
+        return TransformReport(name_of(part), before, after, kept=helps or forced, forced=forced and not helps)
 
     def release_block(self) -> None:
         """Take the online rotations off the block that was transformed last."""
@@ -154,7 +247,7 @@ def _attach(module: nn.Module, done: Transformed) -> list[RemovableHandle]:
     return inputs + [attach_output(module.get_submodule(path), one) for path, one in done.outputs.items()]
 
 
-def _refuse_twice(inputs: Mapping[str, Rotation], done: Transformed) -> None:
+def _refuse_twice(inputs: Mapping[str, AnyRotation], done: Transformed) -> None:
     twice = sorted(set(inputs) & set(done.inputs))
     if twice:
         raise RecipeError(f"two transforms rotate the input of {twice[0]} while the model runs; leave one of them out")
@@ -168,3 +261,59 @@ def _prove(part: Transform, where: str, wanted: Tensor, got: Tensor) -> None:
             f"the transform {type(part).__name__} must keep what {where} computes, but changes it by {error:.2g} of its "
             "size; this architecture is wired in a way that it does not know; leave it out"
         )
+
+
+class _Turned:
+    """The calibration rows in front of a block whose turn to be rotated is still to come."""
+
+    def __init__(self, streams: DualStream, turn: Rotation) -> None:
+        self._streams, self._turn = streams, turn
+
+    def largest_inputs(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
+        return self._streams.largest_inputs(block, paths, self._turn.apply)
+
+    def some_inputs(self, block: Block, paths: Sequence[str], count: int) -> dict[str, Tensor]:
+        return self._streams.some_inputs(block, paths, count, self._turn.apply)
+
+
+def _turned(streams: Calibrated | None, turn: Rotation | None) -> Calibrated | None:
+    return _Turned(streams, turn) if isinstance(streams, DualStream) and turn is not None else streams
+
+
+class _Judging:
+    """A block before a transform, and how wrong it is when it is rounded."""
+
+    def __init__(
+        self,
+        guard: TransformGuard,
+        block: Block,
+        hidden: list[Tensor],
+        inputs: list[BlockInputs],
+        wanted: list[Tensor],
+    ) -> None:
+        self._guard, self._block = guard, block
+        self._rows = (hidden, inputs, wanted)
+        self._state = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
+        self.before = self.error()
+
+    def error(self) -> float:
+        return self._guard.error(self._block, *self._rows)
+
+    def restore_(self, handles: Sequence[RemovableHandle]) -> None:
+        for handle in handles:
+            handle.remove()
+        self._block.module.load_state_dict(self._state)
+
+
+def name_of(part: Transform) -> str:
+    """Return the name of a transform in recipes, or of its class."""
+    return next((entry.name for entry in TRANSFORMS if entry.part is type(part)), type(part).__name__)
+
+
+def _dropped(judged: TransformReport, where: str) -> Event:
+    return Event(
+        "dropped",
+        where,
+        f"the transform {judged.name} would raise the error of the rounded block on held-out rows from "
+        f"{judged.error_without:.3g} to {judged.error_with:.3g}; left out (force = true keeps it)",
+    )

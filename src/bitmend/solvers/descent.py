@@ -74,7 +74,7 @@ class Descent:
         return SolverCost(
             factors=1,
             squares=3,
-            square_products=2,
+            square_products=1,
             sweeps=1,
             copies=candidates,
             stacked=candidates,

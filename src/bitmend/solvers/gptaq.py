@@ -11,7 +11,7 @@ How we differ from the public code: see `linalg.column_sweep` (`compat="referenc
 damping is added once, not once more for each matrix that shares its moments; dead inputs keep their weights; the
 full-precision stream is free of every quantiser. Grids are fixed before the sweep, on the original weight.
 
-Cost: GPTQ's, 4 in^3 more for P (shared), and another out in^2 / 2 multiply-adds.
+Cost: GPTQ's, 4/3 in^3 more for P (shared), and another out in^2 / 2 multiply-adds.
 """
 
 from dataclasses import dataclass, replace
@@ -48,8 +48,8 @@ class Gptaq:
     compat: Literal["exact", "reference"] = "exact"
 
     def cost(self) -> SolverCost:
-        """Return what the forecast counts: GPTQ's work, P of two products, and a residual term."""
-        return replace(ONE_SWEEP, squares=2, square_products=2, residual_terms=1)
+        """Return what the forecast counts: GPTQ's work, P of two triangular products, and a residual term."""
+        return replace(ONE_SWEEP, squares=2, square_products=1, residual_terms=1)
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

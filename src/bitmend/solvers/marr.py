@@ -105,7 +105,7 @@ class Marr:
         return SolverCost(
             factors=1 + self.folds,
             squares=2 * (1 + self.folds),
-            square_products=2 * (1 + self.folds),
+            square_products=1 + self.folds,
             sweeps=(1 + steps) * self.folds + 1,
             copies=(3 + steps) * self.folds + 1,
             stacked=3,

@@ -44,7 +44,7 @@ class ResComp:
 
     def cost(self) -> SolverCost:
         """Return what the forecast counts: GPTQ's work, two P of two products each, and two residual terms."""
-        return replace(ONE_SWEEP, squares=3, square_products=4, residual_terms=2)
+        return replace(ONE_SWEEP, squares=3, square_products=2, residual_terms=2)
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

@@ -62,7 +62,7 @@ class StrengthGrid:
         return SolverCost(
             factors=2,
             squares=4,
-            square_products=4,
+            square_products=2,
             sweeps=2,
             copies=self.points + 1,
             stacked=self.points,

@@ -23,9 +23,16 @@ from torch import Tensor, nn
 from bitmend.errors import ModelError
 from bitmend.linalg.hadamard import Rotation
 from bitmend.protocols import TRANSFORMS, Calibrated, Transformed
-from bitmend.sites import Block, ModelEnds, Wiring, norm_gain, read_matrix, set_unit_gain_
-
-PIECE_ENTRIES = 1 << 20  # of a matrix, rotated at a time: in float64 at once it would be four times the matrix
+from bitmend.sites import (
+    PIECE_ENTRIES,
+    Block,
+    ModelEnds,
+    Wiring,
+    norm_gain,
+    read_matrix,
+    rotate_inputs_,
+    set_unit_gain_,
+)
 
 
 @TRANSFORMS.register("quarot", paper="arXiv 2404.00456")
@@ -70,9 +77,9 @@ class QuaRot:
             _gain_of(norm, ends.norm, ends.hidden)
             return Transformed({ends.norm: rotation.inverse}, {ends.embedding: rotation})
         embedding, head = ends.model.get_submodule(ends.embedding), ends.model.get_submodule(ends.head)
-        _rotate_inputs_(embedding, rotation)
+        rotate_inputs_(embedding, rotation)
         _fold_gain_(norm, ends.norm, [head], ends.hidden)
-        _rotate_inputs_(head, rotation)
+        rotate_inputs_(head, rotation)
         return Transformed()
 
     def apply_(self, block: Block, wiring: Wiring, streams: Calibrated | None) -> Transformed:
@@ -89,7 +96,7 @@ class QuaRot:
         if values is not None:
             inside = Rotation(values.head_dim)
             _rotate_outputs_(module.get_submodule(values.source), inside)
-            _rotate_inputs_(module.get_submodule(values.target), inside)
+            rotate_inputs_(module.get_submodule(values.target), inside)
         inputs: dict[str, Rotation] = {}
         for path in wiring.writers if self.online else ():
             layer = module.get_submodule(path)
@@ -97,7 +104,7 @@ class QuaRot:
                 rotation = Rotation(values.heads, inner=values.head_dim)
             else:
                 rotation = Rotation(read_matrix(layer).shape[1])
-            _rotate_inputs_(layer, rotation)
+            rotate_inputs_(layer, rotation)
             inputs[path] = rotation
         return Transformed(inputs)
 
@@ -114,7 +121,7 @@ class QuaRot:
             layers = [module.get_submodule(path) for path in readers]
             _fold_gain_(module.get_submodule(norm), f"{block.name}.{norm}", layers, hidden)
             for layer in layers:
-                _rotate_inputs_(layer, rotation)
+                rotate_inputs_(layer, rotation)
         for path in wiring.writers:
             layer = module.get_submodule(path)
             if read_matrix(layer).shape[0] != hidden:
@@ -143,12 +150,6 @@ def _gain_of(norm: nn.Module, name: str, hidden: int) -> Tensor:
             "rotations inside the blocks"
         )
     return gain
-
-
-def _rotate_inputs_(layer: nn.Module, rotation: Rotation) -> None:
-    """Make a layer that reads rotated inputs give what it gave; of an embedding, rotate what it gives."""
-    for rows in torch.split(read_matrix(layer), max(1, PIECE_ENTRIES // read_matrix(layer).shape[1])):
-        rows.copy_(rotation.apply(rows.double()))
 
 
 def _rotate_outputs_(layer: nn.Module, rotation: Rotation) -> None:

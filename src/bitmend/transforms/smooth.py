@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitmend.errors import CalibrationError, RecipeError
 from bitmend.protocols import TRANSFORMS, Calibrated, Transformed
-from bitmend.sites import Block, Wiring, read_matrix, scale_norm_, write_matrix_
+from bitmend.sites import Block, Wiring, read_by_all, read_matrix, scale_norm_, write_matrix_
 
 
 @TRANSFORMS.register("smooth", paper="arXiv 2211.10438")
@@ -57,7 +57,7 @@ class Smooth:
         readers = {norm: paths for norm, paths in wiring.readers.items() if self.norms}
         targets = [target for _, target in wiring.gated if self.gated]
         values = wiring.values if self.values else None
-        asked = {norm: _read_by_all(block, paths) for norm, paths in readers.items()}
+        asked = {norm: read_by_all(block, paths) for norm, paths in readers.items()}
         paths = [*asked.values(), *targets, *([values.target] if values else [])]
         largest = streams.largest_inputs(block, paths)
         for norm, members in readers.items():
@@ -96,12 +96,6 @@ class Smooth:
             )
         factors = inputs**self.strength / weights ** (1 - self.strength)
         return torch.where((inputs > 0) & (weights > 0), factors, 1.0)
-
-
-def _read_by_all(block: Block, paths: tuple[str, ...]) -> str:
-    """Return one of the layers that every token reaches."""
-    in_experts = {site.path for group in block.groups if group.expert is not None for site in group.sites}
-    return next((path for path in paths if path not in in_experts), paths[0])
 
 
 def _scale_columns_(layers: list[nn.Module], factors: Float[Tensor, " in"]) -> None:
