@@ -10,8 +10,8 @@ hardly ever meet it. Just before a file is synchronised its last bytes are still
 SIGKILL each time; the process tidies nothing up. After each kill the same request goes on with `--resume`, and with
 probability 1/2 is killed again, until it ends. In every fourth run OUTPUT is an older model that the run may replace.
 
-What is compared: all files of OUTPUT by their bytes; run.json apart from `seconds`, `peak_memory_bytes` and keys that end
-in `_seconds`. After each kill OUTPUT must not exist (be the older model, to the byte, where it is to be replaced) or be
+What is compared: all files of OUTPUT by their bytes; run.json apart from `seconds`, `peak_memory_bytes`, the
+forecast's `host_bytes` and `host_bytes_ahead` and keys that end in `_seconds`. After each kill OUTPUT must not exist (be the older model, to the byte, where it is to be replaced) or be
 whole; at the end nothing may lie beside OUTPUT.
 
 The model may be any folder that bitmend quantises; `tiny` is a random llama of two blocks, `tiny-moe` a random Mixtral of two
@@ -163,7 +163,8 @@ def snapshot(folder):
 
 def timeless(value):
     if isinstance(value, dict):
-        measured = ("seconds", "peak_memory_bytes")
+        # The forecast of memory starts from what the process holds when it is made.
+        measured = ("seconds", "peak_memory_bytes", "host_bytes", "host_bytes_ahead")
         return {
             key: timeless(one) for key, one in value.items() if key not in measured and not key.endswith("_seconds")
         }

@@ -17,7 +17,7 @@ def transformed(folder, part):
     transforms.begin_()
     adapter.load_block(0)
     block = adapter.describe_block(0, BATCH)
-    inputs, _ = transforms.apply_(block, None)
+    inputs = transforms.apply_(block, None).inputs
     return adapter, transforms, block, inputs
 
 

@@ -291,9 +291,9 @@ def block_rotation_from_json(item: Any) -> BlockRotation:
             f"{where} must have blocks of 1 to {LARGEST_BLOCK}, at most {LARGEST_STEPS} steps and a seed of 0 or more; got "
             f"{item!r:.80}"
         )
-    steps = [tuple(numbers[key]) for key in ("first", "order", "second")]
+    first, order, second = (tuple(numbers[key]) for key in ("first", "order", "second"))
     try:
-        return BlockRotation(block, seed, *steps, _get(item, "transposed", bool))
+        return BlockRotation(block, seed, first, order, second, _get(item, "transposed", bool))
     except ValueError as error:
         raise CheckpointError(f"{where} is impossible: {error}") from error
 

@@ -14,6 +14,7 @@ class SolverCost:
     Attributes:
         factors: factorisations of an (in, in) moment; shared by the sites of a group.
         squares: (in, in) float64 matrices that are kept beside the moments, factors counted; shared likewise.
+        wide_squares: of these, how many are made only where a site has at least half as many rows as columns.
         square_products: float64 products of two (in, in) matrices; two with a triangular one count as one; shared likewise.
         sweeps: passes over all columns, however many copies of the matrix each takes along.
         copies: copies of the matrix in all sweeps together.
@@ -28,6 +29,7 @@ class SolverCost:
 
     factors: int = 0
     squares: int = 0
+    wide_squares: int = 0
     square_products: int = 0
     sweeps: int = 0
     copies: int = 0

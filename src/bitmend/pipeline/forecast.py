@@ -8,7 +8,7 @@ Three terms are measured and not counted: the work space of a block's forward (`
 held when the forecast was made (imports that come late, the tokenizer), and what the allocator keeps (`KEPT_ALWAYS`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from bitmend.calibrate.forward_cost import ForwardCost
@@ -383,11 +383,12 @@ def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
         work = {"forward of a batch": _work_bytes(facts, block), **_summing(facts, group[0].width)}
         yield _placed(facts, _stage(facts, "moments of a group", shared | work, {}), stores)
         shared = shared | {"moments": _moment_sets(facts) * facts.moments * square}
-        solving = {"factorisation": (facts.cost.squares * _factors_at_once(facts) + FACTOR_SQUARES) * square}
+        solving = {"factorisation": (_squares(facts, sites) * _factors_at_once(facts) + FACTOR_SQUARES) * square}
         yield _placed(facts, _stage(facts, "factorisation", shared | solving, {}), stores)
+    squares = _squares(facts, sites) * _factors_at_once(facts) * square
     site = max(sites, key=lambda one: one.entries)
     shared = shared | {"codes of candidates": float(sum(one.entries for one in sites))}
-    yield _placed(facts, _stage(facts, "solving a site", shared | _solving(facts, site, square), {}), stores)
+    yield _placed(facts, _stage(facts, "solving a site", shared | _solving(facts, site, square, squares), {}), stores)
 
 
 def _moment_sets(facts: Facts) -> int:
@@ -411,10 +412,15 @@ def _summing(facts: Facts, width: int) -> dict[str, float]:
     return {"sums of moments": float(sums), "adding to them": float(max(adding, merging))}
 
 
-def _solving(facts: Facts, site: SiteShape, square: float) -> dict[str, float]:
+def _squares(facts: Facts, sites: Sequence[SiteShape]) -> int:
+    """Return how many squares a group keeps beside its moments."""
+    wide = any(2 * site.out >= site.width for site in sites)
+    return facts.cost.squares - (0 if wide else facts.cost.wide_squares)
+
+
+def _solving(facts: Facts, site: SiteShape, square: float, kept: float) -> dict[str, float]:
     """One site: what the group shares, the weight in float32, then the sweep or the proof, whichever takes more."""
     cost, entries = facts.cost, site.entries
-    kept = cost.squares * square * _factors_at_once(facts)
     swept = entries * cost.stacked
     if cost.stacked_entries is not None:
         swept = min(swept, max(cost.stacked_entries, site.width * cost.stacked))

@@ -37,7 +37,9 @@ class CoreQ:
 
     def cost(self) -> SolverCost:
         """Return what the forecast counts: GPTQ's work, the shift of the target, and scales for it."""
-        return replace(ONE_SWEEP, squares=2, square_products=1, searches=1, double_products=3, double_matrices=4)
+        return replace(
+            ONE_SWEEP, squares=2, wide_squares=1, square_products=1, searches=1, double_products=3, double_matrices=4
+        )
 
     def solve(self, problem: Problem) -> Solution:
         """Return the rounded matrix.

@@ -74,6 +74,7 @@ class Descent:
         return SolverCost(
             factors=1,
             squares=3,
+            wide_squares=1,
             square_products=1,
             sweeps=1,
             copies=candidates,

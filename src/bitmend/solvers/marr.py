@@ -105,6 +105,7 @@ class Marr:
         return SolverCost(
             factors=1 + self.folds,
             squares=2 * (1 + self.folds),
+            wide_squares=1 + self.folds if self.form == "shift" else 0,
             square_products=1 + self.folds,
             sweeps=(1 + steps) * self.folds + 1,
             copies=(3 + steps) * self.folds + 1,

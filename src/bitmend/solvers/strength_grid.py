@@ -62,6 +62,7 @@ class StrengthGrid:
         return SolverCost(
             factors=2,
             squares=4,
+            wide_squares=2 if self.form == "shift" else 0,
             square_products=2,
             sweeps=2,
             copies=self.points + 1,
