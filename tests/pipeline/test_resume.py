@@ -425,6 +425,19 @@ def test_leftovers_of_a_finished_run_are_removed_unless_they_are_in_use(run_tiny
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_model_that_was_replaced_goes_even_if_the_run_is_killed_while_it_removes_it(run_tiny, kill_at, tmp_path):
+    run_tiny()
+    older = tmp_path / "older"
+    shutil.copytree(tmp_path / "out", older)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(Killed), kill_at(CheckpointWriter, "abort", 1, before=True):
+        run_tiny()
+    older.rename(tmp_path / "out.replaced")  # as it is until the last of it is removed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial", "out.replaced"]
+    run_tiny(resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_stopped_overwrite_goes_on_and_replaces(run_tiny, stopped, tmp_path):
     run_tiny("whole", recipe="rtn")
     run_tiny()

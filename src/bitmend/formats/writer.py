@@ -266,7 +266,7 @@ class CheckpointWriter:
             self._model.replace(self.output)
             return
         # A folder cannot be replaced in one step; the old one is put aside, and back when the second step fails.
-        aside = self.output.with_name(self.output.name + ".replaced")
+        aside = replaced_folder(self.output)
         shutil.rmtree(aside, ignore_errors=True)
         self.output.replace(aside)
         try:
@@ -293,6 +293,11 @@ def output_error(output: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk of {output} is full; free some space and run again")
     return OutputError(f"writing {output} failed: {error.strerror or error}")
+
+
+def replaced_folder(output: Path) -> Path:
+    """Return where the model that `output` was before lies while it is replaced."""
+    return output.with_name(output.name + ".replaced")
 
 
 def partial_folder(output: Path) -> Path:

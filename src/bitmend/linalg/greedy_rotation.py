@@ -122,10 +122,22 @@ def step_matrix(block: int, seed: int, feature: int) -> Float[Tensor, "block blo
 
 def product_of_steps(block: int, seed: int, steps: tuple[int, ...]) -> Float[Tensor, "block block"]:
     """Return the product of the steps, in order; float64."""
-    matrix = torch.eye(block, dtype=torch.float64)
+    turned = torch.eye(block, dtype=torch.float64)
+    small = small_matrix(block, seed)
     for feature in steps:
-        matrix = matrix @ step_matrix(block, seed, feature)
-    return matrix
+        turned = _step(turned, small, feature)
+    return turned
+
+
+def _step(values: Tensor, small: Tensor, feature: int) -> Tensor:
+    """Return `values` times the matrix of a step."""
+    if feature == 0:
+        return values @ small
+    values = values.clone()
+    values[:, [0, feature]] = values[:, [feature, 0]]
+    turned = values @ small
+    turned[:, [0, feature]] = turned[:, [feature, 0]]
+    return turned
 
 
 def greedy_steps(values: Float[Tensor, "token width"], block: int, seed: int, most: int) -> tuple[int, ...]:
@@ -140,13 +152,15 @@ def greedy_steps(values: Float[Tensor, "token width"], block: int, seed: int, mo
     Cost: `most` products of all values with a block.
     """
     turned = values.double().reshape(-1, block)
+    small = small_matrix(block, seed).to(turned)
     steps: list[int] = []
-    kept, lowest = 0, float(turned.abs().max())
+    sizes = turned.abs().amax(0)
+    kept, lowest = 0, float(sizes.max())
     for number in range(most):
-        feature = int(turned.abs().amax(0).argmax())
-        steps.append(feature)
-        turned = turned @ step_matrix(block, seed, feature).to(turned)
-        peak = float(turned.abs().max())
+        steps.append(int(sizes.argmax()))
+        turned = _step(turned, small, steps[-1])
+        sizes = turned.abs().amax(0)
+        peak = float(sizes.max())
         if peak < lowest:
             kept, lowest = number + 1, peak
     return tuple(steps[:kept])

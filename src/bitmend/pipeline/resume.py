@@ -42,7 +42,7 @@ from bitmend.formats.manifest import (
 from bitmend.formats.native import read_site, site_tensors
 from bitmend.formats.record import TEMPORARY, read_record, write_json, write_record
 from bitmend.formats.safetensors_file import parse_json
-from bitmend.formats.writer import PARTS, CheckpointWriter, output_error, partial_folder
+from bitmend.formats.writer import PARTS, CheckpointWriter, output_error, partial_folder, replaced_folder
 from bitmend.numerics.qtensor import QTensor
 from bitmend.online import AttentionScheme, InputScheme
 from bitmend.pipeline.fingerprint import differences
@@ -375,7 +375,10 @@ def finished_run(output: Path, fingerprint: Mapping[str, str]) -> RunReport | No
 
 
 def remove_leftovers(output: Path, fingerprint: Mapping[str, str]) -> None:
-    """Remove the partial folder of a run that was killed when its output was finished; not one that is in use."""
+    """Remove what a run left that was killed when its output was finished; not what is in use or of another request.
+
+    The model that was there before is removed while the partial folder says whose it is: that folder goes last.
+    """
     partial = partial_folder(output)
     if not partial.is_dir():
         return
@@ -383,6 +386,8 @@ def remove_leftovers(output: Path, fingerprint: Mapping[str, str]) -> None:
         head = read_head(partial)  # None: the journal itself is gone, and no other file is left
         if head is None or not differences(head["fingerprint"], fingerprint):
             lock = FolderLock(partial)
+            if output.is_dir():
+                shutil.rmtree(replaced_folder(output), ignore_errors=True)
             shutil.rmtree(partial, ignore_errors=True)
             lock.release()
 
