@@ -27,7 +27,7 @@ SHAPES = {
     "middle": {"width": 256, "intermediate": 704, "blocks": 4, "heads": 4, "key_heads": 2},
     "large": {"width": 512, "intermediate": 1408, "blocks": 6, "heads": 8, "key_heads": 4},
 }
-STREAMED = {"width": 1536, "intermediate": 4096, "blocks": 40, "heads": 12, "key_heads": 4, "shard_bytes": 400e6}
+STREAMED = {"width": 2048, "intermediate": 5632, "blocks": 40, "heads": 16, "key_heads": 4, "shard_bytes": 400e6}
 GROWN = {"width": 128, "intermediate": 352, "blocks": 4, "heads": 4, "key_heads": 2}
 BLOCK = {"width": 4096, "intermediate": 14336, "blocks": 1, "heads": 32, "key_heads": 8}  # one of Llama-3-8B
 SECONDS_BETWEEN = 0.05

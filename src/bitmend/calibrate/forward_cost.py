@@ -21,6 +21,7 @@ from bitmend.protocols import BlockInputs, ModelAdapter, TokenBatch
 
 SHORT, LONG = 16, 32  # row lengths of the batches that are watched
 TIMED_TOKENS = 128
+LEAST_SHARE = 0.1  # of a pass that is taken to grow with its tokens, whatever the clock says
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class ForwardCost:
         arguments: what the block is called with besides hidden states: rotary tables, a mask.
         attention_bytes: results of fused attention, bytes a token: what is kept for the quantised stream.
         attention_macs: multiply-adds of fused attention, for each token and each token that it may look at.
-        seconds: of one pass over `timed_tokens` tokens in one row of `timed_length`, on this machine.
+        seconds: of one pass over `timed_tokens` tokens in one row, on this machine, beside `seconds_a_pass`.
         timed_tokens: how many.
+        seconds_a_pass: what a pass takes however few its tokens are: weights that are widened or read from memory.
     """
 
     work: tuple[Growth, ...]
@@ -57,6 +59,7 @@ class ForwardCost:
     attention_macs: float
     seconds: float
     timed_tokens: int
+    seconds_a_pass: float = 0.0
 
     def work_bytes(self, rows: int, length: int) -> float:
         """Return the largest work space of a pass over one batch, its output counted."""
@@ -72,7 +75,7 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
         index: of a loaded block.
         timed_tokens: length of the row that is timed; at most the model's context.
 
-    Cost: seven passes over at most `timed_tokens` tokens each.
+    Cost: ten passes over at most `timed_tokens` tokens each.
     """
     shapes = ((1, SHORT), (1, LONG), (2, SHORT), (2, LONG))
     seen = [_watch(adapter, index, rows, length) for rows, length in shapes]
@@ -80,7 +83,13 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
     if len({len(one) for one in series}) > 1:  # routing took other ways: the peaks alone can be compared
         series = [[max(one)] for one in series]
     argument_bytes = [[one.arguments] for one in seen]
-    seconds = _time(adapter, index, timed_tokens)
+    whole = _time(adapter, index, timed_tokens)
+    few = max(1, timed_tokens // 4)
+    seconds = whole
+    if few < timed_tokens:
+        # What grows with the tokens; not more than all of it, where the few took as long.
+        growing = (whole - _time(adapter, index, few)) * timed_tokens / (timed_tokens - few)
+        seconds = min(whole, max(growing, LEAST_SHARE * whole))
     return ForwardCost(
         work=_growths(series, shapes),
         arguments=_growths(argument_bytes, shapes)[0],
@@ -88,6 +97,7 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
         attention_macs=seen[0].attention_macs / SHORT**2,
         seconds=seconds,
         timed_tokens=timed_tokens,
+        seconds_a_pass=whole - seconds,
     )
 
 

@@ -368,13 +368,10 @@ def _judging(facts: Facts, block: BlockShape) -> Stage:
 def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
     """The moments of one group, then its sites one by one."""
     group = block.groups[position]
-    sites = [site for site in group if site.spec is not None] or [
-        site for each in block.groups for site in each if site.spec is not None
-    ]
+    # Without rows nothing is shared by a group, and one stage stands for all; with rows a group that is skipped takes nothing.
+    sites = [site for site in (group if facts.batches else block.sites) if site.spec is not None]
     if not sites:
         return
-    if not facts.batches:
-        sites = list(block.sites)  # nothing is shared by a group then
     earlier = float(sum(site.entries for each in block.groups[:position] for site in each if site.spec is not None))
     shared = {"block weights": float(block.weight_bytes), "codes of solved sites": earlier}
     stores = _stores(facts, block, inputs=True, before=position) if facts.batches else {}

@@ -83,7 +83,7 @@ def _seconds_a_mac(forward: ForwardCost, block: BlockShape) -> float:
 
 
 def _layers(forward: ForwardCost, block: BlockShape, tokens: int) -> float:
-    return tokens * _macs(block) * _seconds_a_mac(forward, block)
+    return forward.seconds_a_pass + tokens * _macs(block) * _seconds_a_mac(forward, block)
 
 
 def _attention(forward: ForwardCost, block: BlockShape, tokens: int, length: int) -> float:

@@ -32,6 +32,7 @@ from bitmend.protocols import ModelAdapter, Need, TokenBatch
 
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
 TIMED_MACS = 4e9
+LEAST_TIMED = 64  # tokens: fewer tell how long the weights take to read, and not what a token takes
 TOKENS_PER_BATCH = 2048
 # Results of wide layers are kept where the whole run then takes no more than this share of the memory that is there.
 AMPLE_SHARE = 0.25
@@ -222,7 +223,7 @@ def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], 
         quantised = {f"{site.name}.weight" for site in block.sites if recipe.scheme(site.name, adapter.dtype)}
         macs = sum(site.entries for group in groups for site in group)
         context = getattr(adapter.model.config, "max_position_embeddings", None) or TIMED_TOKENS
-        timed = int(max(1, min(TIMED_TOKENS, context, TIMED_MACS // max(1, macs))))
+        timed = int(max(1, min(TIMED_TOKENS, context, max(LEAST_TIMED, TIMED_MACS // max(1, macs)))))
         return BlockShape(
             count=len(indices),
             groups=groups,
