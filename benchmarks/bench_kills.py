@@ -10,9 +10,9 @@ hardly ever meet it. Just before a file is synchronised its last bytes are still
 SIGKILL each time; the process tidies nothing up. After each kill the same request goes on with `--resume`, and with
 probability 1/2 is killed again, until it ends. In every fourth run OUTPUT is an older model that the run may replace.
 
-What is compared: all files of OUTPUT by their bytes; run.json apart from `seconds`, `peak_memory_bytes`, the
-forecast's `host_bytes` and `host_bytes_ahead` and keys that end in `_seconds`. After each kill OUTPUT must not exist (be the older model, to the byte, where it is to be replaced) or be
-whole; at the end nothing may lie beside OUTPUT.
+What is compared: all files of OUTPUT by their bytes; run.json apart from `seconds`, `peak_memory_bytes`, the forecast's
+`host_bytes` and `host_bytes_ahead` and keys that end in `_seconds`. After each kill OUTPUT must not exist (be the older
+model, to the byte, where it is to be replaced) or be whole; at the end nothing may lie beside OUTPUT.
 
 The model may be any folder that bitmend quantises; `tiny` is a random llama of two blocks, `tiny-moe` a random Mixtral of two
 blocks with four experts, two for each token. Processes are forked from one

@@ -368,7 +368,7 @@ def _judging(facts: Facts, block: BlockShape) -> Stage:
 def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
     """The moments of one group, then its sites one by one."""
     group = block.groups[position]
-    # Without rows nothing is shared by a group, and one stage stands for all; with rows a group that is skipped takes nothing.
+    # Without rows nothing is shared by a group, and one stage stands for all; with rows, one that is skipped takes nothing.
     sites = [site for site in (group if facts.batches else block.sites) if site.spec is not None]
     if not sites:
         return
