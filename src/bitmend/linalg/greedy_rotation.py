@@ -149,9 +149,9 @@ def greedy_steps(values: Float[Tensor, "token width"], block: int, seed: int, mo
         seed: of the small matrix.
         most: steps to try; those up to the smallest peak are returned.
 
-    Cost: `most` products of all values with a block.
+    Cost: `most` products of all values with a block, in float32: only the place of the largest is asked for.
     """
-    turned = values.double().reshape(-1, block)
+    turned = values.float().reshape(-1, block)
     small = small_matrix(block, seed).to(turned)
     steps: list[int] = []
     sizes = turned.abs().amax(0)

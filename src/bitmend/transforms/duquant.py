@@ -36,7 +36,7 @@ class DuQuant:
     block: int = 128
     steps: int = 256
     permute: bool = True
-    tokens: int = 512
+    tokens: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
