@@ -48,8 +48,9 @@ def edit(folder, change):
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
-@pytest.mark.parametrize("keys", [KV, BOTH], ids=["keys and values", "all operands"])
+@pytest.mark.parametrize(
+    ("family", "keys"), [("llama", KV), ("qwen3", KV), ("gemma2", BOTH), ("mixtral", BOTH)], ids=str
+)
 def test_the_loaded_model_is_the_one_that_was_solved_for(run_tiny, tiny, tiny_text, tmp_path, family, keys):
     folder = tiny.save(tmp_path / "model", tiny.build(family))
     report = run_tiny(model=folder, keys={**keys, "weights.bits": 8, "weights.group_size": -1})

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from bitmend.linalg.hadamard import Rotation
 
+PATIENCE = 64  # steps that may pass without a smaller peak
+
 
 @dataclass(frozen=True)
 class BlockRotation:
@@ -147,7 +149,7 @@ def greedy_steps(values: Float[Tensor, "token width"], block: int, seed: int, mo
         values: what is to be rotated.
         block: features of a block, which divides the width.
         seed: of the small matrix.
-        most: steps to try; those up to the smallest peak are returned.
+        most: steps to try while one of the last `PATIENCE` lowered the peak; those up to the smallest peak are returned.
 
     Cost: `most` products of all values with a block, in float32: only the place of the largest is asked for.
     """
@@ -163,6 +165,8 @@ def greedy_steps(values: Float[Tensor, "token width"], block: int, seed: int, mo
         peak = float(sizes.max())
         if peak < lowest:
             kept, lowest = number + 1, peak
+        if len(steps) - kept == PATIENCE:
+            break
     return tuple(steps[:kept])
 
 

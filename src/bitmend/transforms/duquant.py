@@ -25,7 +25,7 @@ class DuQuant:
 
     Attributes:
         block: features that are rotated together; the largest divisor of a width up to it is taken.
-        steps: that a rotation tries; those up to the smallest peak are kept.
+        steps: that a rotation tries at most; those up to the smallest peak are kept.
         permute: deal the features to the blocks anew, and rotate a second time.
         tokens: calibration tokens that the rotations are made for.
         seed: of the random part of the rotations.
