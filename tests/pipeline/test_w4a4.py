@@ -17,7 +17,11 @@ from bitmend.numerics.activations import ActivationSpec
 from bitmend.online import InputScheme
 from bitmend.pipeline.recipe import parse_recipe
 
-W4A4 = {"activations.bits": 4, "activations.clip_ratio": 0.9, "transforms": [{"name": "quarot", "seed": 3, "force": True}]}
+W4A4 = {
+    "activations.bits": 4,
+    "activations.clip_ratio": 0.9,
+    "transforms": [{"name": "quarot", "seed": 3, "force": True}],
+}
 IDS = torch.arange(3, 43).view(2, 20)
 
 
