@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmend.linalg.greedy_rotation import (
+    PATIENCE,
     BlockRotation,
     fit_block_rotation,
     greedy_steps,
     product_of_steps,
     small_matrix,
-    step_matrix,
     zigzag,
 )
 
@@ -23,6 +23,18 @@ def test_the_small_matrix_is_orthogonal_with_an_even_first_row(block):
     matrix = small_matrix(block, 5)
     assert torch.allclose(matrix @ matrix.T, torch.eye(block, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(matrix[0], torch.full((block,), 1 / math.sqrt(block), dtype=torch.float64))
+
+
+def step_matrix(block, seed, feature):
+    """The small matrix with its first row and column in the place of a feature."""
+    swapped = torch.arange(block)
+    swapped[0], swapped[feature] = feature, 0
+    return small_matrix(block, seed)[swapped][:, swapped]
+
+
+def test_the_product_is_that_of_the_steps_in_order():
+    wanted = step_matrix(8, 3, 5) @ step_matrix(8, 3, 0) @ step_matrix(8, 3, 2)
+    assert torch.allclose(product_of_steps(8, 3, (5, 0, 2)), wanted)
 
 
 def test_one_step_spreads_the_feature_where_it_is_put():
@@ -80,6 +92,7 @@ def test_greedy_steps_lower_the_peak_and_stop_at_the_lowest():
 
     assert peak(len(steps)) < 0.5 * peak(0)
     assert peak(len(steps)) == min(peak(count) for count in range(len(steps) + 1))
+    assert steps == greedy_steps(values, 16, 0, 40 + PATIENCE)[: len(steps)]
     assert greedy_steps(torch.ones(1, 2, dtype=torch.float64) / 7, 1, 0, 5) == ()  # nothing to win
 
 

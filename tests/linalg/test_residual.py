@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitmend.linalg import residual
 from bitmend.linalg.cholesky import factor_inverse
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.residual import causal_rows, target_shift
@@ -12,6 +13,12 @@ X = torch.randn(60, 9, generator=GENERATOR, dtype=torch.float64)
 G = X.T @ X / 60
 C = 0.3 * torch.randn(9, 9, generator=GENERATOR, dtype=torch.float64)
 H = (G + 0.01 * G.diagonal().mean() * torch.eye(9, dtype=torch.float64)).numpy()
+
+
+@pytest.fixture(autouse=True, params=[256, 4, 1])
+def panel(request, monkeypatch):
+    """All in one panel, in panels with a shorter last one, and one by one."""
+    monkeypatch.setattr(residual, "PANEL", request.param)
 
 
 def test_rows_equal_one_linear_solve_each():

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from bitmend.pipeline.resume import Journal
 from bitmend.pipeline.run import quantize
 
 KEYS = {
@@ -25,3 +26,24 @@ def run_tiny(tmp_path: Path, tiny_model: Path, tiny_text: Path) -> Any:
         return quantize(model or tiny_model, recipe, texts, output=tmp_path / output, overrides=overrides, **options)
 
     return run
+
+
+@pytest.fixture
+def interrupted(run_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that starts a run and presses Ctrl-C after its k-th site."""
+
+    def start(k, output, **request):
+        seen = []
+
+        def keep_and_stop(journal, solved, real=Journal.keep_site):
+            real(journal, solved)
+            seen.append(solved.site.name)
+            if len(seen) == k:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "keep_site", keep_and_stop)
+            with pytest.raises(KeyboardInterrupt):
+                run_tiny(output=output, **request)
+
+    return start

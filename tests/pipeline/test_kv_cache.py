@@ -140,22 +140,9 @@ def test_the_folder_says_what_runs_and_saves_again(run_tiny, tmp_path):
         CompressedTensors().export(tmp_path / "out", tmp_path / "export")
 
 
-def test_resume_is_bit_identical(run_tiny, tmp_path, monkeypatch):
+def test_resume_is_bit_identical(run_tiny, interrupted, tmp_path):
     run_tiny(keys=BOTH)
-    import bitmend.pipeline.resume as resume
-
-    real, calls = resume.Journal.keep_site, []
-
-    def stop(journal, solved):
-        real(journal, solved)
-        calls.append(solved.site.name)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(resume.Journal, "keep_site", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(output="stopped", keys=BOTH)
-    monkeypatch.setattr(resume.Journal, "keep_site", real)
+    interrupted(10, "stopped", keys=BOTH)
     run_tiny(output="stopped", keys=BOTH, resume=True)
     assert (tmp_path / "stopped/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
     one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "stopped"))

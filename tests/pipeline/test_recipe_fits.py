@@ -6,6 +6,7 @@ from bitmend.errors import RecipeError
 from bitmend.models.find import find_adapter
 from bitmend.pipeline.recipe import parse_recipe
 from bitmend.pipeline.recipe_fits import check_recipe_fits
+from bitmend.sites import AttentionSite
 
 
 def check(tiny_model, **keys):
@@ -28,6 +29,16 @@ def test_an_override_may_name_an_attention_only_where_one_is_rounded(tiny_model)
     check(tiny_model, kv_cache={}, **override)
     with pytest.raises(RecipeError, match=r"override for \['model\.layers\.1\.self_attn'\] matches no site"):
         check(tiny_model, **override)
+    bits = {"overrides": [{"targets": ["model.layers.1.self_attn"], "bits": 3}]}
+    with pytest.raises(RecipeError, match="matches attentions only, of which it can do nothing but skip"):
+        check(tiny_model, kv_cache={}, **bits)
+
+
+def test_the_last_override_decides_whether_an_attention_is_rounded():
+    site = AttentionSite("a.self_attn", "self_attn", 4, 2, 8, 8)
+    last = [{"targets": ["a.self_attn"], "skip": True}, {"targets": ["re:a"], "skip": False}]
+    assert parse_recipe({"kv_cache": {}, "overrides": last[:1]}).attention_scheme(site) is None
+    assert parse_recipe({"kv_cache": {}, "overrides": last}).attention_scheme(site) is not None
 
 
 def test_groups_of_every_kind_must_fit(tiny_model):

@@ -109,6 +109,20 @@ def test_a_transform_that_makes_a_block_worse_is_dropped_and_the_block_is_as_bef
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.module.state_dict().items())
 
 
+def test_a_transform_that_helps_stays(tiny, tmp_path):
+    model = tiny.build()
+    for block in model.model.layers:
+        block.mlp.up_proj.weight.data[3] *= 1000
+        block.mlp.down_proj.weight.data[:, 3] /= 1000
+    transforms, block, streams = guarded(tiny.save(tmp_path / "stretched", model), Stretches(1 / 1000))
+    done = transforms.apply_(block, streams)
+    assert done.judged[0].kept
+    assert not done.judged[0].forced
+    assert done.judged[0].error_with < done.judged[0].error_without
+    assert done.events == []
+    assert torch.allclose(block.module.mlp.up_proj.weight, tiny.build().model.layers[0].mlp.up_proj.weight)
+
+
 def test_force_keeps_it_and_says_so(tiny_model):
     transforms, block, streams = guarded(tiny_model, Stretches(), forced=[True])
     done = transforms.apply_(block, streams)
@@ -178,27 +192,14 @@ def test_whole_runs(run_tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["block", "model"])
-def test_resume_decides_as_before(run_tiny, tmp_path, monkeypatch, kind):
+def test_resume_decides_as_before(run_tiny, interrupted, tmp_path, monkeypatch, kind):
     part = {"block": Stretches, "model": TurnsFromHere}[kind]
     monkeypatch.setitem(TRANSFORMS._entries, "smooth", Entry("smooth", part, "", ""))
     keys = {"transforms": [{"name": "smooth"}]}
     report = run_tiny(keys=keys)
     assert not report.blocks[0].transforms[0].kept
     assert any(event.kind == "dropped" for event in report.events)
-    import bitmend.pipeline.resume as resume
-
-    real, calls = resume.Journal.keep_site, []
-
-    def stop(journal, solved):
-        real(journal, solved)
-        calls.append(solved.site.name)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(resume.Journal, "keep_site", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(output="stopped", keys=keys)
-    monkeypatch.setattr(resume.Journal, "keep_site", real)
+    interrupted(10, "stopped", keys=keys)
     again = run_tiny(output="stopped", keys=keys, resume=True)
     assert (tmp_path / "stopped/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
     assert [block.transforms for block in again.blocks] == [block.transforms for block in report.blocks]

@@ -142,23 +142,10 @@ def test_the_ledger_counts_what_runs_and_books_no_bytes_for_it(run_tiny, tmp_pat
     assert account.bits_per_weight == plain.bits_per_weight
 
 
-def test_resume_is_bit_identical(run_tiny, tmp_path, monkeypatch):
+def test_resume_is_bit_identical(run_tiny, interrupted, tmp_path):
     keys = {**W4A4, "transforms": [{"name": "smooth"}, {"name": "quarot"}]}
     run_tiny(keys=keys)
-    import bitmend.pipeline.resume as resume
-
-    real, calls = resume.Journal.keep_site, []
-
-    def stop(journal, solved):
-        real(journal, solved)
-        calls.append(solved.site.name)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(resume.Journal, "keep_site", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run_tiny(output="stopped", keys=keys)
-    monkeypatch.setattr(resume.Journal, "keep_site", real)
+    interrupted(10, "stopped", keys=keys)
     assert (tmp_path / "stopped.partial" / "parts" / "0000.safetensors").exists()  # one block whole, the next begun
     run_tiny(output="stopped", keys=keys, resume=True)
     for name in ("model.safetensors", "recipe.toml"):

@@ -1,10 +1,15 @@
+import json
+
 import pytest
 import torch
 
 from bitmend.calibrate.dual_stream import DualStream
 from bitmend.errors import CalibrationError, RecipeError
+from bitmend.formats.ledger import ledger
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.pipeline.run import quantize
 from bitmend.protocols import TokenBatch
+from bitmend.report.summary import ledger_rows
 from bitmend.transforms.duquant import DuQuant, largest_divisor
 
 BATCH = TokenBatch(torch.arange(3, 27).view(2, 12))
@@ -87,6 +92,24 @@ def test_needs_rows(tiny, tmp_path):
     _, _, block, wiring = opened(tiny, tmp_path)
     with pytest.raises(CalibrationError, match="duquant needs calibration rows"):
         DuQuant().apply_(block, wiring, None)
+
+
+def test_the_ledger_counts_what_config_json_takes_for_the_rotations(tiny, tmp_path):
+    folder, text = tiny.save(tmp_path / "model", tiny.build()), tiny.write_text(tmp_path / "words.txt", 500)
+    keys = {"weights.group_size": 8, "calibration.sequences": 4, "calibration.sequence_length": 12}
+    for name, transforms in (("plain", []), ("rotated", [{"name": "duquant", "steps": 4, "force": True}])):
+        quantize(folder, "gptq", [text], output=tmp_path / name, overrides={**keys, "transforms": transforms})
+    plain, account = ledger(tmp_path / "plain"), ledger(tmp_path / "rotated")
+    rotations = json.loads((tmp_path / "rotated" / "config.json").read_text())["quantization_config"]["rotations"]
+    assert len(rotations) == 2 * 4  # two blocks, four inputs each
+    assert account.rotation_bytes == len(json.dumps(rotations))
+    extra = 8 * account.rotation_bytes
+    assert account.bits_per_weight == pytest.approx(plain.bits_per_weight + extra / plain.quantised_weights)
+    header = account.bits["header"] - plain.bits["header"]
+    more = extra + 8 * (account.file_bytes - plain.file_bytes) - header
+    assert account.bits_per_weight_model == pytest.approx(plain.bits_per_weight_model + more / plain.parameters)
+    assert ["rotations in config.json", f"{account.rotation_bytes:,}", "beside it"] in ledger_rows(account)[1]
+    assert account.to_json()["rotation_bytes"] == account.rotation_bytes
 
 
 def test_largest_divisor():

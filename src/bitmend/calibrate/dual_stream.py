@@ -217,8 +217,11 @@ class _Sample:
         first = -self.seen % self._every
         self._even.append(tokens[first :: self._every].float())
         self.seen += len(tokens)
-        both = tokens.float() if self._largest is None else torch.cat([self._largest, tokens.float()])
-        self._largest = both[both.abs().amax(1).argsort(descending=True, stable=True)[: self._count]]
+        largest = self._first(tokens).float()
+        self._largest = largest if self._largest is None else self._first(torch.cat([self._largest, largest]))
+
+    def _first(self, tokens: Tensor) -> Tensor:
+        return tokens[tokens.abs().amax(1).argsort(descending=True, stable=True)[: self._count]]
 
     def tokens(self) -> Tensor:
         """Return those that were kept, the largest first."""

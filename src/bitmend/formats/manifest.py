@@ -33,7 +33,7 @@ Rotations that are made for a layer's inputs come with it, too: several layers r
                                                       "scale_bits": 16},
                                              "values": {"bits": 4, "...": "..."}}},
  "inputs": {"model.layers.0.mlp.up_proj": {"rotation": {"shared": 0}}},
- "rotations": [{"block": 128, "seed": 0, "first": [17, 3], "order": [5, 0, "..."], "second": [9], "transposed": false}]}
+ "rotations": [{"block": 128, "seed": 0, "first": "17 3", "order": "5 0 ...", "second": "9", "transposed": false}]}
 ```
 
 `seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
@@ -43,6 +43,7 @@ cannot tell a scheme that was changed. Folders of older versions have none.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -64,6 +65,8 @@ LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
 OPERANDS = ("queries", "keys", "values", "probabilities")
 LARGEST_BLOCK, LARGEST_STEPS = 4096, 4096  # of a rotation in blocks
+LARGEST_LIST = 8 * LARGEST_ROTATION  # characters
+NUMBERS = re.compile(r"(\d{1,7}( \d{1,7})*)?")
 BLOCK_ROTATION = ("block", "seed", "first", "order", "second", "transposed")
 LATELY = 8  # rotations among which an equal one is looked for: the layers that share one stand together
 LAYOUTS = ("uniform",)
@@ -266,7 +269,8 @@ def attention_from_json(name: str, item: Any) -> AttentionScheme:
 def _rotation_to_json(rotation: AnyRotation) -> dict[str, Any]:
     keys = BLOCK_ROTATION if isinstance(rotation, BlockRotation) else ("size", "seed", "inner", "transposed")
     found = {key: getattr(rotation, key) for key in keys}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    # As text: config.json is written with one number a line, which would take three times as much.
+    return {key: " ".join(map(str, value)) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def block_rotation_from_json(item: Any) -> BlockRotation:
@@ -278,20 +282,16 @@ def block_rotation_from_json(item: Any) -> BlockRotation:
     where = "a rotation of quantization_config"
     if not isinstance(item, dict) or set(item) != set(BLOCK_ROTATION):
         raise CheckpointError(f"{where} must say {', '.join(BLOCK_ROTATION)}; got {item!r:.80}")
-    numbers = {key: _get(item, key, list) for key in ("first", "order", "second")}
-    if any(len(one) > LARGEST_ROTATION or any(type(each) is not int for each in one) for one in numbers.values()):
-        raise CheckpointError(f"{where} must list whole numbers, at most {LARGEST_ROTATION}; got {item!r:.80}")
+    texts = [_get(item, key, str) for key in ("first", "order", "second")]
+    if not all(len(text) <= LARGEST_LIST and NUMBERS.fullmatch(text) for text in texts):
+        raise CheckpointError(f"{where} must list whole numbers below 10^7 with a space between two; got {item!r:.80}")
+    first, order, second = (tuple(map(int, text.split())) for text in texts)
     block, seed = _get(item, "block", int), _get(item, "seed", int)
-    if (
-        not 1 <= block <= LARGEST_BLOCK
-        or max(len(numbers["first"]), len(numbers["second"])) > LARGEST_STEPS
-        or seed < 0
-    ):
+    if not 1 <= block <= LARGEST_BLOCK or max(len(first), len(second)) > LARGEST_STEPS or seed < 0:
         raise CheckpointError(
             f"{where} must have blocks of 1 to {LARGEST_BLOCK}, at most {LARGEST_STEPS} steps and a seed of 0 or more; got "
             f"{item!r:.80}"
         )
-    first, order, second = (tuple(numbers[key]) for key in ("first", "order", "second"))
     try:
         return BlockRotation(block, seed, first, order, second, _get(item, "transposed", bool))
     except ValueError as error:

@@ -115,13 +115,6 @@ def small_matrix(block: int, seed: int) -> Float[Tensor, "block block"]:
     return matrix @ reflection
 
 
-def step_matrix(block: int, seed: int, feature: int) -> Float[Tensor, "block block"]:
-    """Return the small matrix with its first row and column in the place of a feature."""
-    swapped = torch.arange(block)
-    swapped[0], swapped[feature] = feature, 0
-    return small_matrix(block, seed)[swapped][:, swapped]
-
-
 def product_of_steps(block: int, seed: int, steps: tuple[int, ...]) -> Float[Tensor, "block block"]:
     """Return the product of the steps, in order; float64."""
     turned = torch.eye(block, dtype=torch.float64)
@@ -132,7 +125,7 @@ def product_of_steps(block: int, seed: int, steps: tuple[int, ...]) -> Float[Ten
 
 
 def _step(values: Tensor, small: Tensor, feature: int) -> Tensor:
-    """Return `values` times the matrix of a step."""
+    """Return `values` times the small matrix with its first row and column in the place of a feature."""
     if feature == 0:
         return values @ small
     values = values.clone()

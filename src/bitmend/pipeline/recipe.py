@@ -227,8 +227,8 @@ class Recipe(_Section):
         Raises:
             RecipeError: a group size that does not divide the width of a head.
         """
-        skipped = any(override.skip for override in self.overrides if override.matches(site.name))
-        if not self.rounds_attention or skipped:
+        skips = [override.skip for override in self.overrides if override.matches(site.name)]
+        if not self.rounds_attention or (skips and skips[-1]):
             return None
         cache = None if self.kv_cache is None else self.kv_cache.spec()
         for width in (site.key_width, site.value_width):

@@ -51,6 +51,11 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
         if not any(override.matches(name) for name in names):
             hint = nearest_name(override.targets[0], names[: found.of_one_block])
             raise RecipeError(f"the override for {override.targets} matches no site of the model{hint}")
+        if not override.skip and not any(override.matches(name) for name in found.widths):
+            raise RecipeError(
+                f"the override for {override.targets} matches attentions only, of which it can do nothing but skip the "
+                "rounding; set skip = true, or name a layer"
+            )
 
 
 def _find(adapter: ModelAdapter, *, attend: bool) -> _Found:

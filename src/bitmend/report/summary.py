@@ -71,13 +71,15 @@ def evaluation_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]
 
 
 def ledger_rows(account: Ledger) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a ledger: bytes of each category, then the totals."""
+    """Return header and rows of a ledger: bytes of each category, then the totals, which count rotations in config.json."""
     rows = [
         [name, f"{account.bits[name] / 8:,.0f}", f"{account.bits[name] / 8 / account.file_bytes:.1%}"]
         for name in CATEGORIES
         if account.bits.get(name)
     ]
     rows.append(["file", f"{account.file_bytes:,}", "100.0%"])
+    if account.rotation_bytes:
+        rows.append(["rotations in config.json", f"{account.rotation_bytes:,}", "beside it"])
     if account.bits_per_weight is not None:
         rows.append(["bits per weight, quantised layers", f"{account.bits_per_weight:.4f}", ""])
     rows.append(["bits per weight, whole model", f"{account.bits_per_weight_model:.4f}", ""])

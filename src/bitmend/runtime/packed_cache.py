@@ -73,6 +73,7 @@ class PackedLayer(CacheLayerMixin):
         self.scheme = scheme
         self._specs = (scheme.keys, scheme.values)
         self._kept: tuple[_Kept, _Kept] | None = None
+        self._home: torch.device | None = None  # where the states were before they were taken to the host
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: what is kept is made by the first `update`."""
@@ -136,7 +137,7 @@ class PackedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Move back."""
-        home = getattr(self, "_home", None)
+        home = self._home
         if home is not None:
             self._change(lambda tensor: tensor.to(home, non_blocking=True))
 
