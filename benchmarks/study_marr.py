@@ -210,7 +210,7 @@ def gains(study):
     print("| kp, ki, kd | error left, guard | error left, last | passes | sign changes | overshoot, max | stops |")
     print("|---|---|---|---|---|---|---|")
     for name, keys in sets.items():
-        marr = Marr(form=study.options.form, refit=False, **keys)
+        marr = Marr(form=study.options.form, **keys)
         diagnostics = [marr.solve(problem).diagnostics for problem in problems]
         summary = loop_summary([d for d in diagnostics if d["stop"] != "no residual"])
         study.result[name] = summary

@@ -71,7 +71,6 @@ class Problem:
         spec: the grid to round to.
         fit: moments of the part of the calibration data that the solution is fitted on; None for data-free solvers.
         held_out: moments of the other part, only for methods that ask for `Need.HELD_OUT`; None without a split.
-        everything: moments of both parts together, likewise, when such a method is to be refitted on all rows.
     """
 
     site: LinearSite
@@ -79,7 +78,6 @@ class Problem:
     spec: QuantSpec
     fit: Moments | None = None
     held_out: Moments | None = None
-    everything: Moments | None = None
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def qparams(self) -> QParams:
@@ -144,13 +142,28 @@ class SiteSolver(Protocol):
     """Chooses the codes of one matrix in closed form: rtn, gptq, gptaq, marr, sage.
 
     A frozen dataclass that holds its hyperparameters and nothing else. It may have a method `cost()` that returns a
-    `linalg.solver_cost.SolverCost`, for the forecast; without it, one sweep as by GPTQ is assumed.
+    `linalg.solver_cost.SolverCost`, for the forecast; without it, one sweep as by GPTQ is assumed. One that makes choices
+    on held-out rows is also a `ChoosingSolver`.
     """
 
     needs: ClassVar[frozenset[Need]]
 
     def solve(self, problem: Problem) -> Solution:
         """Return the quantised matrix; never changes its input."""
+        ...
+
+
+@runtime_checkable
+class ChoosingSolver(SiteSolver, Protocol):
+    """A site solver that chooses something on held-out rows (`Need.HELD_OUT`), and can keep to its choice."""
+
+    def solve_again(self, problem: Problem, judged: Solution) -> Solution:
+        """Return the matrix fitted to `problem.fit` with what `judged` has chosen.
+
+        Args:
+            problem: of the same matrix, its moments those of all rows; nothing is held out any more.
+            judged: what `solve` returned.
+        """
         ...
 
 

@@ -6,7 +6,7 @@ import torch
 from bitmend.errors import RecipeError
 from bitmend.linalg.column_sweep import column_sweep
 from bitmend.linalg.moments import MomentSums
-from bitmend.linalg.strength import StrengthMeter, StrengthSolver
+from bitmend.linalg.strength import StrengthMeter, StrengthSolver, solve_at
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
@@ -165,15 +165,15 @@ def test_where_the_weight_is_zero_scales_grow_from_zero():
     assert end.qparams.scale[0, 0] < 0.5
 
 
-def test_a_refit_keeps_the_scales_and_uses_the_other_moments():
+def test_a_solution_at_given_scales_on_other_moments():
     fit, everything = moments(0), moments(2)
     first = StrengthSolver(WEIGHT, COARSE, fit, form="shift", damping=0.02, order="natural", top=1.0)
     chosen = first.solve([0.5])[0]
-    final, factor = first.refit(everything, 0.5, chosen.qparams)
+    final, factor = solve_at(WEIGHT, COARSE, everything, "shift", 0.5, chosen.qparams, 0.02, "natural")
     assert torch.equal(final.qparams.scale, chosen.qparams.scale)
     assert not torch.equal(final.codes, chosen.codes)
     assert factor.damping == 0.02
-    same, _ = first.refit(fit, 0.5, chosen.qparams)
+    same, _ = solve_at(WEIGHT, COARSE, fit, "shift", 0.5, chosen.qparams, 0.02, "natural")
     assert torch.equal(same.codes, chosen.codes)
 
 

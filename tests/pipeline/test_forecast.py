@@ -46,7 +46,6 @@ def facts(**changes):
         companion_bytes=77,
         cost=ONE_SWEEP,
         moments=1,
-        own_choice=False,
         refit=True,
         keep_inputs=False,
     )

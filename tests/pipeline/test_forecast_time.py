@@ -27,7 +27,6 @@ FACTS = Facts(
     companion_bytes=0,
     cost=ONE_SWEEP,
     moments=1,
-    own_choice=False,
     refit=False,
     keep_inputs=False,
 )

@@ -118,6 +118,11 @@ class Chooses:
         seen = {"held_out": problem.held_out is not None, "rows": problem.fit.num_tokens}
         return replace(Gptq().solve(problem), diagnostics=seen)
 
+    def solve_again(self, problem, judged):
+        assert problem.held_out is None
+        seen = {**judged.diagnostics, "rows_again": problem.fit.num_tokens}
+        return replace(Gptq().solve(problem), diagnostics=seen)
+
 
 def test_it_is_a_block_solver():
     assert isinstance(PerSite(Rtn(), "rtn", True), BlockSolver)
@@ -205,15 +210,28 @@ def test_a_solver_that_needs_data_says_so(block):
 def test_only_a_solver_that_asks_sees_the_held_out_rows(block, rows):
     for _, _, report in solve(Chooses(), block, rows):
         assert report.diagnostics["held_out"] is True
-        assert report.diagnostics["rows"] == 40  # it refits by itself if it wants to
+        assert report.diagnostics["rows"] == 40
+        assert report.diagnostics["rows_again"] == rows.fit.num_tokens + rows.held_out.num_tokens
+        assert report.refitted
 
     @dataclass(frozen=True)
     class Nosy(Chooses):
         needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUT_MOMENT})
 
     for _, _, report in solve(Nosy(), block, rows):
-        assert report.diagnostics["held_out"] is False
-        assert report.diagnostics["rows"] == 60
+        assert report.diagnostics == {"held_out": False, "rows": rows.fit.num_tokens + rows.held_out.num_tokens}
+
+
+def test_a_solver_that_chooses_must_be_able_to_keep_to_its_choice():
+    @dataclass(frozen=True)
+    class Forgetful:
+        needs: ClassVar[frozenset[Need]] = frozenset({Need.HELD_OUT})
+
+        def solve(self, problem):
+            return Gptq().solve(problem)
+
+    with pytest.raises(TypeError, match="solver mine asks for held-out rows, so it must have a method solve_again"):
+        PerSite(Forgetful(), "mine", refit=True)
 
 
 def test_sites_without_a_scheme_are_left_alone(block, rows):

@@ -49,7 +49,7 @@ def test_the_slope_of_a_known_parabola_with_a_known_extra_cost():
 @pytest.mark.parametrize("start", ["closed_form", "global", "zero"])
 def test_on_a_very_fine_grid_it_settles_near_the_closed_form(make_layer, form, start):
     problem = make_layer(out=32, bits=8, tokens=3000, noise=0.5).problem
-    solution = Marr(form=form, start=start, signal="projection", max_steps=20, refit=False).solve(problem)
+    solution = Marr(form=form, start=start, signal="projection", max_steps=20).solve(problem)
     last = solution.diagnostics["steps"][-1]
     if form == "shift":  # linear in the strength: it must be the closed form itself
         assert last["strength"] == pytest.approx(min(solution.diagnostics["closed_form_strength"], 1.0), abs=0.03)
@@ -62,10 +62,8 @@ def test_on_a_very_fine_grid_it_settles_near_the_closed_form(make_layer, form, s
 def test_never_worse_on_held_out_rows_than_no_or_global_strength(make_layer, form, bits):
     for seed in range(3):
         problem = make_layer(bits=bits, seed=seed, tokens=60).problem
-        solution = Marr(form=form, refit=False).solve(problem).qtensor
-        errors = {
-            step["strength"]: step["error"] for step in Marr(form=form, refit=False).solve(problem).diagnostics["steps"]
-        }
+        solution = Marr(form=form).solve(problem).qtensor
+        errors = {step["strength"]: step["error"] for step in Marr(form=form).solve(problem).diagnostics["steps"]}
         assert {0.0, 0.25} <= set(errors)
         energy = problem.held_out.output_energy(problem.weight)
         assert held_out_error(problem, solution) / energy == pytest.approx(min(errors.values()), rel=1e-4)
@@ -77,7 +75,7 @@ def test_never_worse_on_held_out_rows_than_no_or_global_strength(make_layer, for
 
 def test_wild_gains_cannot_hurt_because_of_the_guard(make_layer):
     problem = make_layer(bits=3, tokens=100).problem
-    wild = Marr(kp=3.0, ki=5.0, kd=2.0, refit=False).solve(problem)
+    wild = Marr(kp=3.0, ki=5.0, kd=2.0).solve(problem)
     strengths = [step["strength"] for step in wild.diagnostics["steps"]]
     assert max(strengths) - min(strengths) > 0.25  # it does swing
     assert held_out_error(problem, wild.qtensor) <= held_out_error(problem, Gptq().solve(problem).qtensor) * (1 + 1e-6)
@@ -97,14 +95,14 @@ def test_in_sample_feedback_believes_more_than_held_out_feedback(make_layer):
 
 def test_the_refit_uses_all_rows_at_the_chosen_strength(make_layer):
     problem = make_layer(bits=3).problem
-    everything = merge(problem.fit, problem.held_out)
-    solution = Marr(form="gptaq").solve(replace(problem, everything=everything))
-    strength = solution.diagnostics["residual_strength"]
-    expected = Gptaq(residual_strength=strength).solve(replace(problem, fit=everything)).qtensor
-    assert torch.equal(solution.qtensor.codes, expected.codes)
-    alone = Marr(form="gptaq", refit=False).solve(replace(problem, everything=everything))
-    assert alone.proved is None
-    assert torch.equal(solution.proved.codes, alone.qtensor.codes)
+    everything = replace(problem, fit=merge(problem.fit, problem.held_out), held_out=None)
+    judged = Marr(form="gptaq").solve(problem)
+    solution = Marr(form="gptaq").solve_again(everything, judged)
+    strength = judged.diagnostics["residual_strength"]
+    assert 0 < strength < 1
+    assert torch.equal(solution.qtensor.codes, Gptaq(residual_strength=strength).solve(everything).qtensor.codes)
+    assert not torch.equal(solution.qtensor.codes, judged.qtensor.codes)
+    assert solution.diagnostics["steps"] == judged.diagnostics["steps"]
 
 
 def test_equal_streams_are_gptq(make_layer):
@@ -122,7 +120,7 @@ def test_two_folds_judge_by_the_rows_that_the_answer_was_not_fitted_to(make_laye
     worst = 0.0
     for seed in range(12):
         problem = make_layer(bits=2, tokens=60, seed=seed).problem
-        solution = Marr(folds=2, refit=False).solve(problem)
+        solution = Marr(folds=2).solve(problem)
         assert solution.diagnostics["passes"] % 2 == 0
         rivals = [solver.solve(problem).qtensor for solver in (Gptq(), Gptaq())]
         rival = min(held_out_error(problem, one) for one in rivals)
@@ -133,7 +131,7 @@ def test_two_folds_judge_by_the_rows_that_the_answer_was_not_fitted_to(make_laye
 def test_equal_parts_either_way_round_give_the_same_start(make_layer):
     problem = make_layer(bits=3, tokens=80).problem
     swapped = replace(problem, fit=problem.held_out, held_out=problem.fit)
-    starts = [Marr(folds=2, refit=False).solve(p).diagnostics["steps"][2]["strength"] for p in (problem, swapped)]
+    starts = [Marr(folds=2).solve(p).diagnostics["steps"][2]["strength"] for p in (problem, swapped)]
     assert starts[0] == pytest.approx(starts[1], abs=1e-9)
 
 
@@ -141,7 +139,7 @@ def test_a_fold_without_a_residual_has_no_vote(make_layer):
     problem = make_layer(bits=3).problem
     quiet = replace(problem.held_out, C=1e-9 * problem.held_out.C, D=1e-18 * problem.held_out.D, _known={})
     for selection in ("best", "last"):
-        solution = Marr(folds=2, refit=False, selection=selection).solve(replace(problem, held_out=quiet))
+        solution = Marr(folds=2, selection=selection).solve(replace(problem, held_out=quiet))
         assert 0 <= solution.diagnostics["residual_strength"] <= 1
         assert all(step["strength"] == step["strength"] for step in solution.diagnostics["steps"])
 
@@ -158,7 +156,7 @@ def test_without_held_out_rows_it_says_so(make_layer):
 
 def test_a_secant_without_a_second_point_starts_from_the_projection(make_layer):
     problem = make_layer(bits=8, tokens=2000).problem
-    solution = Marr(form="shift", signal="secant", start="zero", global_strength=0.0, refit=False).solve(problem)
+    solution = Marr(form="shift", signal="secant", start="zero", global_strength=0.0).solve(problem)
     assert solution.diagnostics["residual_strength"] > 0.3
 
 
@@ -174,7 +172,7 @@ def test_every_step_is_logged(make_layer):
 
 def test_the_last_point_can_be_asked_for(make_layer):
     problem = make_layer(bits=3).problem
-    solution = Marr(selection="last", refit=False, max_steps=3).solve(problem)
+    solution = Marr(selection="last", max_steps=3).solve(problem)
     assert solution.diagnostics["residual_strength"] == solution.diagnostics["steps"][-1]["strength"]
 
 
@@ -185,6 +183,7 @@ def test_without_moments_it_cannot_work(make_layer):
 
 def test_the_refit_keeps_the_scales_of_the_chosen_point(make_layer):
     problem = make_layer(bits=3, observer="mse").problem
-    solution = Marr().solve(replace(problem, everything=merge(problem.fit, problem.held_out)))
-    assert torch.equal(solution.qtensor.qparams.scale, solution.proved.qparams.scale)
-    assert not torch.equal(solution.qtensor.codes, solution.proved.codes)
+    judged = Marr().solve(problem)
+    solution = Marr().solve_again(replace(problem, fit=merge(problem.fit, problem.held_out)), judged)
+    assert torch.equal(solution.qtensor.qparams.scale, judged.qtensor.qparams.scale)
+    assert not torch.equal(solution.qtensor.codes, judged.qtensor.codes)

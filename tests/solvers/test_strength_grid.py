@@ -12,7 +12,7 @@ from bitmend.solvers.strength_grid import StrengthGrid
 @pytest.mark.parametrize("form", ["gptaq", "shift"])
 def test_the_best_point_on_held_out_rows_is_kept(make_layer, form):
     problem = make_layer(bits=3).problem
-    solution = StrengthGrid(form=form, refit=False, points=5, max_strength=1.0).solve(problem)
+    solution = StrengthGrid(form=form, points=5, max_strength=1.0).solve(problem)
     steps = solution.diagnostics["steps"]
     assert [step["strength"] for step in steps] == [0.0, 0.25, 0.5, 0.75, 1.0]
     best = min(steps, key=lambda step: step["error"])
@@ -27,12 +27,14 @@ def test_the_best_point_on_held_out_rows_is_kept(make_layer, form):
 
 def test_the_refit_uses_all_rows(make_layer):
     problem = make_layer(bits=3).problem
-    everything = merge(problem.fit, problem.held_out)
-    solution = StrengthGrid(form="gptaq").solve(replace(problem, everything=everything))
-    strength = solution.diagnostics["residual_strength"]
-    expected = Gptaq(residual_strength=strength).solve(replace(problem, fit=everything)).qtensor
-    assert torch.equal(solution.qtensor.codes, expected.codes)
-    assert solution.proved is not None
+    everything = replace(problem, fit=merge(problem.fit, problem.held_out), held_out=None)
+    judged = StrengthGrid(form="gptaq").solve(problem)
+    solution = StrengthGrid(form="gptaq").solve_again(everything, judged)
+    strength = judged.diagnostics["residual_strength"]
+    assert strength > 0
+    assert torch.equal(solution.qtensor.codes, Gptaq(residual_strength=strength).solve(everything).qtensor.codes)
+    assert not torch.equal(solution.qtensor.codes, judged.qtensor.codes)
+    assert solution.events == judged.events == ()
 
 
 def test_without_moments_it_cannot_work(make_layer):

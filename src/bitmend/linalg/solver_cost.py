@@ -25,6 +25,7 @@ class SolverCost:
         products: (out, in) x (in, in) in float32.
         double_products: the same in float64.
         double_matrices: (out, in) float64 matrices that are held at once.
+        again: the cost of fitting once more, on all rows, what was accepted; None when that is the same again.
     """
 
     factors: int = 0
@@ -40,6 +41,7 @@ class SolverCost:
     products: int = 0
     double_products: int = 0
     double_matrices: int = 0
+    again: "SolverCost | None" = None
 
 
 # GPTQ, which is also what is assumed of a solver that asks for moments and says nothing of its cost.

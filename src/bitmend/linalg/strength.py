@@ -31,6 +31,7 @@ from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.column_sweep import Residual, round_columns
 from bitmend.linalg.moments import BLURRED, Moments, product_for_sums
 from bitmend.linalg.residual import causal_rows, target_shift
+from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.granularity import PerTensor
 from bitmend.numerics.observers import choose_qparams, empty_groups, interpolate_qparams
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec, stack_qparams
@@ -112,10 +113,11 @@ class StrengthSolver:
     def _targets(self, strengths: Sequence[float]) -> Float[Tensor, "stacked in"]:
         """Return what is rounded for each strength, one below the other."""
         stacked = self.weight.repeat(len(strengths), 1)
-        if self._shift is None:
-            return stacked
-        moved = stacked.double() + self._by_row(strengths).unsqueeze(1) * self._shift.repeat(len(strengths), 1)
-        return moved.to(stacked.dtype)
+        if self._shift is not None:
+            # One after the other: all at once in float64 they take gigabytes of a wide matrix.
+            for moved, strength in zip(stacked.chunk(len(strengths)), strengths, strict=True):
+                moved.copy_((self._shift * strength).add_(self.weight))
+        return stacked
 
     def _grids(self, strengths: Sequence[float], stacked: Float[Tensor, "stacked in"]) -> QParams:
         low, high, top = self._grid_of_weight, self._grid_at_top, self._top
@@ -124,21 +126,6 @@ class StrengthSolver:
         if high is None or top is None:
             return stack_qparams([low] * len(strengths))
         return stack_qparams([interpolate_qparams(low, high, a / top, self.spec) for a in strengths])
-
-    def refit(self, moments: Moments, strength: float, qparams: QParams) -> tuple[QTensor, InverseFactor]:
-        """Return the solution on other moments at given scales (made for nearly the same target), and the factor used."""
-        damping, order = self._key
-        other = StrengthSolver(
-            self.weight,
-            self.spec,
-            moments,
-            form=self.form,
-            grid="original",
-            damping=damping,
-            order=order,
-            qparams=lambda: qparams,
-        )
-        return other.solve([strength])[0], other.factor
 
     def direction(self) -> Float[Tensor, "out in"]:
         """Return B, how the unrounded solution moves per unit of strength, at strength 0; float64.
@@ -172,6 +159,40 @@ class StrengthSolver:
         return self.moments.remember(("causal_rows", *self._key), lambda: causal_rows(self._cross, self.factor))
 
 
+def solve_at(
+    weight: Float[Tensor, "out in"],
+    spec: QuantSpec,
+    moments: Moments,
+    form: Form,
+    strength: float,
+    qparams: QParams,
+    damping: float,
+    order: str,
+) -> tuple[QTensor, InverseFactor]:
+    """Return the solution at one strength and at given scales (made for nearly the same target), and the factor used."""
+    solver = StrengthSolver(
+        weight, spec, moments, form=form, grid="original", damping=damping, order=order, qparams=lambda: qparams
+    )
+    return solver.solve([strength])[0], solver.factor
+
+
+def cost_at_a_strength(form: Form, times: int = 1) -> SolverCost:
+    """Return what preparing `times` solvers and solving at one strength costs."""
+    terms = {"shift": 0, "gptaq": 1, "rescomp": 2, "rescomp_first": 2}[form]
+    return SolverCost(
+        factors=times,
+        squares=times * (1 + max(1, terms)),
+        wide_squares=0 if terms else times,
+        square_products=times * max(1, terms),
+        sweeps=1,
+        copies=1,
+        stacked=1,
+        residual_terms=terms,
+        double_products=times,
+        double_matrices=2,
+    )
+
+
 def _start_at_zero(low: QParams, high: QParams, empty: Bool[Tensor, "out groups"]) -> QParams:
     """Return `low` with scale 0 in groups that hold zeros only: there the moved target is the move alone, from 0 on."""
     zero_point = low.zero_point
@@ -200,12 +221,12 @@ class StrengthMeter:
         """Prepare; `moments` must hold C and D."""
         if moments.C is None or moments.D is None:
             raise ValueError("measuring a residual correction needs the moments C and D")
-        self._weight = weight.double()
+        self._weight = weight
         self._direction = direction
         self._G = moments.G
-        self._target = _product(self._weight, moments.C.T)
-        self._constant = torch.sum(_product(self._weight, moments.D) * self._weight)
-        energy = torch.sum(_product(self._weight, moments.G) * self._weight)
+        self._target = product_for_sums(weight, moments.C.T)
+        self._constant = torch.sum(_product(weight, moments.D).mul_(weight))
+        energy = torch.sum(_product(weight, moments.G).mul_(weight))
         self._energy = energy.clamp(min=torch.finfo(torch.float64).tiny)
         self.gain = float(torch.sum(_product(direction, moments.G) * direction))
         self._pull = torch.sum(self._target * direction)

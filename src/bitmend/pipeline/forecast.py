@@ -131,7 +131,6 @@ class Facts:
         companion_bytes: tokenizer and other files that are copied.
         cost: of the solver.
         moments: n.
-        own_choice: the solver gets the held-out moments and those of all rows, and refits by itself.
         refit: fit again on all rows.
         keep_inputs: the inputs of all groups in the full-precision network are stored.
         on_disk: activations are kept on disk.
@@ -153,7 +152,6 @@ class Facts:
     companion_bytes: int
     cost: SolverCost
     moments: int
-    own_choice: bool
     refit: bool
     keep_inputs: bool
     on_disk: bool = False
@@ -379,34 +377,25 @@ def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
     if facts.batches and facts.moments:
         work = {"forward of a batch": _work_bytes(facts, block), **_summing(facts, group[0].width)}
         yield _placed(facts, _stage(facts, "moments of a group", shared | work, {}), stores)
-        shared = shared | {"moments": _moment_sets(facts) * facts.moments * square}
-        solving = {"factorisation": (_squares(facts, sites) * _factors_at_once(facts) + FACTOR_SQUARES) * square}
+        # Of the fit rows and of the held-out rows (there, if empty); their merged ones take the place of both.
+        shared = shared | {"moments": 2 * facts.moments * square}
+        solving = {"factorisation": (_squares(facts, sites) + FACTOR_SQUARES) * square}
         yield _placed(facts, _stage(facts, "factorisation", shared | solving, {}), stores)
-    squares = _squares(facts, sites) * _factors_at_once(facts) * square
+    squares = _squares(facts, sites) * square
     site = max(sites, key=lambda one: one.entries)
     shared = shared | {"codes of candidates": float(sum(one.entries for one in sites))}
     yield _placed(facts, _stage(facts, "solving a site", shared | _solving(facts, site, square, squares), {}), stores)
 
 
-def _moment_sets(facts: Facts) -> int:
-    """Of the fit rows and of the held-out rows (there, if empty), and of both for a solver that reads all at once."""
-    return 3 if facts.refits and facts.own_choice else 2
-
-
-def _factors_at_once(facts: Facts) -> int:
-    return 2 if facts.refits and facts.own_choice else 1
-
-
 def _summing(facts: Facts, width: int) -> dict[str, float]:
-    """`MomentSums.add_`: sums of both splits, a chunk of inputs in float32, the float32 product; or the merge at the end."""
+    """`MomentSums.add_`: sums of both splits, a chunk of inputs in float32, the float32 product; or the means at the end."""
     square = DOUBLE * width**2
     chunk = min(CHUNK_TOKENS, max(batch.tokens for batch in facts.batches)) * width * SINGLE
     sums = 2 * facts.moments * square
     adding = chunk * (3 if facts.moments > 1 else 2) + SINGLE * width**2
-    # The means take the place of the sums; beside them the merged ones, and one product at a time.
-    joins = facts.refits and facts.own_choice
-    merging = (facts.moments + 1) * square if joins else square * (1 + 2 / DOUBLE)
-    return {"sums of moments": float(sums), "adding to them": float(max(adding, merging))}
+    # The means take the place of the sums, one at a time; what is finite is marked.
+    means = square * (1 + 2 / DOUBLE)
+    return {"sums of moments": float(sums), "adding to them": float(max(adding, means))}
 
 
 def _squares(facts: Facts, sites: Sequence[SiteShape]) -> int:

@@ -5,6 +5,7 @@ on the machine changes all of them while the run goes on; the time left that is 
 """
 
 from bitmend.calibrate.forward_cost import ForwardCost
+from bitmend.linalg.solver_cost import SolverCost
 from bitmend.pipeline.forecast import PROOF_IN_DOUBLE, BatchShape, BlockShape, Facts, SiteShape
 from bitmend.pipeline.rates import Rates
 
@@ -103,23 +104,26 @@ def _moments(facts: Facts, block: BlockShape, rates: Rates) -> float:
 
 
 def _solve(facts: Facts, block: BlockShape, rates: Rates) -> float:
-    solves = 2 if facts.refits and facts.moments and not facts.own_choice else 1
+    costs = [facts.cost]
+    if facts.refits and facts.moments:
+        costs.append(facts.cost.again or facts.cost)
     total = 0.0
     for group in block.groups:
         sites = [site for site in group if site.spec is not None]
         if sites:
-            total += solves * _shared(facts, group[0].width, rates)
-            total += sum(solves * _site(facts, site, rates) + _proof(facts, site, rates) for site in sites)
+            total += sum(_shared(cost, group[0].width, rates) for cost in costs)
+            total += sum(_site(cost, site, rates) for cost in costs for site in sites)
+            total += sum(_proof(facts, site, rates) for site in sites)
     return total
 
 
-def _shared(facts: Facts, width: int, rates: Rates) -> float:
-    factors = facts.cost.factors * 4 / 3 * width**3 / rates.factor
-    return factors + facts.cost.square_products * 2 * width**3 / rates.double_product
+def _shared(cost: SolverCost, width: int, rates: Rates) -> float:
+    factors = cost.factors * 4 / 3 * width**3 / rates.factor
+    return factors + cost.square_products * 2 * width**3 / rates.double_product
 
 
-def _site(facts: Facts, site: SiteShape, rates: Rates) -> float:
-    cost, work = facts.cost, 2 * site.entries * site.width
+def _site(cost: SolverCost, site: SiteShape, rates: Rates) -> float:
+    work = 2 * site.entries * site.width
     # A sweep costs out in^2 operations, half a product, and as much again for each residual term.
     sweeps = cost.sweeps * site.width * rates.sweep_column + cost.copies * site.entries * rates.sweep_entry
     swept = cost.copies * (1 + cost.residual_terms) * work / 2 / rates.product

@@ -20,7 +20,17 @@ from bitmend.errors import FactorizationError, NumericsError
 from bitmend.linalg.cholesky import InverseFactor
 from bitmend.linalg.moments import Moments, OutputMeter, merge, merge_
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
-from bitmend.protocols import BlockStreams, Event, Need, Problem, SiteReport, SiteSolver, Solution, SolvedSite
+from bitmend.protocols import (
+    BlockStreams,
+    ChoosingSolver,
+    Event,
+    Need,
+    Problem,
+    SiteReport,
+    SiteSolver,
+    Solution,
+    SolvedSite,
+)
 from bitmend.routing import ExpertTokens
 from bitmend.sites import Block, LinearSite, SiteGroup
 from bitmend.solvers.rtn import Rtn
@@ -44,6 +54,10 @@ class PerSite:
     name: str
     refit: bool
     two_streams: bool = False
+
+    def __post_init__(self) -> None:
+        if self._chooses and not isinstance(self.solver, ChoosingSolver):
+            raise TypeError(f"solver {self.name} asks for held-out rows, so it must have a method solve_again")
 
     def solve_block(
         self,
@@ -100,15 +114,18 @@ class PerSite:
         return _Candidate(site, spec, solution, report, problem.known_qparams)
 
     def _refitted(self, candidate: "_Candidate", block: Block, rows: "_Rows") -> tuple[Solution, SiteReport]:
-        """Fit an accepted candidate again on all rows; other candidates, and those of a solver that does so itself, stay."""
+        """Fit an accepted candidate again on all rows; other candidates stay."""
         solution, report = candidate.solution, candidate.report
-        if rows.both is None or self._chooses or not report.accepted or rows.too_few or not self.solver.needs:
+        if rows.both is None or not report.accepted or rows.too_few or not self.solver.needs:
             return solution, report
         started = time.perf_counter()
         weight = finite_weight(candidate.site, block)
         with self._named(candidate.site):
             problem = Problem(candidate.site, weight, candidate.spec, rows.both).knowing(candidate.qparams)
-            refitted = self.solver.solve(problem)
+            if self._chooses and isinstance(self.solver, ChoosingSolver):
+                refitted = self.solver.solve_again(problem, solution)
+            else:
+                refitted = self.solver.solve(problem)
         report.diagnostics = {**dict(refitted.diagnostics), **_expert_counts(report)}
         report.refitted = True
         report.seconds += time.perf_counter() - started
@@ -116,7 +133,7 @@ class PerSite:
 
     @property
     def _chooses(self) -> bool:
-        """Whether the solver makes choices of its own on held-out rows; it is then given all moments and refits itself."""
+        """Whether the solver makes choices of its own on held-out rows."""
         return Need.HELD_OUT in self.solver.needs
 
     @contextmanager
@@ -141,16 +158,14 @@ class PerSite:
         if sent is not None and sent.treatment == "rtn":
             return _Rows(None, None, None, sent)
         fit, held_out = streams.moments(group_index, needs)
-        # A solver that makes its own choices reads all three at once; for others the third comes when the first is done with.
-        both = merge(fit, held_out) if held_out is not None and self.refit and self._chooses else None
-        return _Rows(fit, held_out, both, sent, self.refit)
+        return _Rows(fit, held_out, None, sent, self.refit)
 
     def _solve_site(self, problem: Problem, rows: "_Rows") -> tuple[Solution, SiteReport]:
         if self._chooses:
-            problem = replace(problem, held_out=rows.held_out, everything=rows.both)
+            problem = replace(problem, held_out=rows.held_out)
         solution = self.solver.solve(problem)
-        candidate = solution.proved or solution.qtensor
-        report = SiteReport(problem.site.name, str(problem.spec), self.name, refitted=solution.proved is not None)
+        candidate = solution.qtensor
+        report = SiteReport(problem.site.name, str(problem.spec), self.name)
         report.diagnostics = dict(solution.diagnostics)
         if rows.fit is None:
             return solution, report
@@ -181,7 +196,7 @@ class PerSite:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Moments of one group: of the fit split, of the held-out split, of both together."""
+    """Moments of one group: of the fit split and of the held-out split, later of both together."""
 
     fit: Moments | None
     held_out: Moments | None
@@ -191,8 +206,8 @@ class _Rows:
 
     def joined_(self, *, shared: bool) -> "_Rows":
         """Return what refitting needs, and let the moments of the splits go; `shared` ones of experts stay as they are."""
-        if self.both is not None or not self.refit or self.fit is None or self.held_out is None:
-            return _Rows(None, None, self.both, self.sent)
+        if not self.refit or self.fit is None or self.held_out is None:
+            return _Rows(None, None, None, self.sent)
         join = merge if shared else merge_
         return _Rows(None, None, join(self.fit, self.held_out), self.sent)
 
@@ -233,7 +248,7 @@ def _dropped(solution: Solution, base: Solution, report: SiteReport) -> tuple[So
         f"({report.held_out_error:.4g} against {report.base_held_out_error:.4g}); round-to-nearest is stored"
     )
     event = Event("dropped", report.name, message)
-    report.accepted, report.solver, report.refitted = False, "rtn", False
+    report.accepted, report.solver = False, "rtn"
     return replace(base, events=(*solution.events, event)), report
 
 

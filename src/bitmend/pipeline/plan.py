@@ -28,7 +28,7 @@ from bitmend.pipeline.per_site import BOTH_STREAMS, FULL_PRECISION_STREAM
 from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.rates import Rates, measure_rates
 from bitmend.pipeline.recipe import Recipe
-from bitmend.protocols import ModelAdapter, Need, TokenBatch
+from bitmend.protocols import ModelAdapter, TokenBatch
 
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
 TIMED_MACS = 4e9
@@ -180,7 +180,6 @@ def gather_facts(
         companion_bytes=sum(path.stat().st_size for path in companions(adapter.folder)),
         cost=cost_of(solver),
         moments=len(needs & BOTH_STREAMS) if batches else 0,
-        own_choice=Need.HELD_OUT in solver.needs,
         refit=wanted.refit,
         keep_inputs=wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM),
         on_disk=on_disk,

@@ -31,7 +31,7 @@ proof needs anyway; each measured solution costs an (out, in) x (in, in) product
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -39,7 +39,7 @@ import torch
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.solver_cost import SolverCost
-from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
+from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver, cost_at_a_strength, solve_at
 from bitmend.numerics.qtensor import QTensor
 from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
 
@@ -71,7 +71,6 @@ class Marr:
         selection: `best` visited point, or `last`.
         folds: 1, or 2 to take the feedback from both ways of using the two parts, weighted by how steep each error is; the
             answer is still judged on the held-out part. Meant for `calibration.held_out = 0.5`.
-        refit: fit again on all rows at the chosen strength.
         damping: added to the diagonal of G, as a fraction of its mean; dimensionless, > 0.
         order: "diagonal" rounds columns by decreasing mean square of their input, "natural" from left to right.
     """
@@ -92,7 +91,6 @@ class Marr:
     max_steps: int = 6
     selection: Literal["best", "last"] = "best"
     folds: Literal[1, 2] = 1
-    refit: bool = True
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
@@ -102,19 +100,15 @@ class Marr:
         How many steps a matrix takes is known afterwards only; on the models of docs/results it is about half.
         """
         steps = (self.max_steps + 1) // 2
-        return SolverCost(
-            factors=1 + self.folds,
-            squares=2 * (1 + self.folds),
-            wide_squares=1 + self.folds if self.form == "shift" else 0,
-            square_products=1 + self.folds,
-            sweeps=(1 + steps) * self.folds + 1,
-            copies=(3 + steps) * self.folds + 1,
+        return replace(
+            cost_at_a_strength(self.form, self.folds),
+            sweeps=(1 + steps) * self.folds,
+            copies=(3 + steps) * self.folds,
             stacked=3,
-            residual_terms=0 if self.form == "shift" else 1,
             searches=self.folds,
             products=(4 + 3 + steps) * self.folds,
-            double_products=1 + self.folds,
-            double_matrices=4 + 4 * self.folds,
+            double_matrices=3 + 3 * self.folds,
+            again=cost_at_a_strength(self.form),
         )
 
     def solve(self, problem: Problem) -> Solution:
@@ -142,11 +136,23 @@ class Marr:
             "loop_seconds": time.perf_counter() - started,
         }
         events = self._events(problem)
-        if not self.refit or problem.everything is None:
-            return Solution(chosen.solution, diagnostics, events)
-        final, factor = folds[0].solver.refit(problem.everything, chosen.strength, chosen.solution.qparams)
-        diagnostics["damping"] = factor.damping
-        return Solution(final, diagnostics, events, proved=chosen.solution)
+        return Solution(chosen.solution, diagnostics, events)
+
+    def solve_again(self, problem: Problem, judged: Solution) -> Solution:
+        """Return the matrix fitted at the strength and the scales that `judged` has chosen.
+
+        Raises:
+            FactorizationError: the moments stay indefinite after the damping ladder.
+        """
+        moments = problem.fit
+        if moments is None:
+            raise ValueError("marr needs the moments G and C of its input")
+        strength = judged.diagnostics["residual_strength"]
+        qtensor, factor = solve_at(
+            problem.weight, problem.spec, moments, self.form, strength, judged.qtensor.qparams, self.damping, self.order
+        )
+        found = {"damping": factor.damping, "dead_columns": factor.dead_columns}
+        return Solution(qtensor, {**judged.diagnostics, **found}, judged.events)
 
     def _events(self, problem: Problem) -> tuple[Event, ...]:
         if problem.held_out is not None or self.feedback == "in_sample":

@@ -8,7 +8,7 @@ Scales of a moved target are interpolated, and kept by the refit, as `marr` does
 Cost: one sweep over as many stacked copies as the grid has points, as many (out, in) x (in, in) products, one refit sweep.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ from bitmend.errors import RecipeError
 from bitmend.linalg.cholesky import Damping
 from bitmend.linalg.moments import Moments
 from bitmend.linalg.solver_cost import SolverCost
-from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver
+from bitmend.linalg.strength import Form, GridSource, StrengthMeter, StrengthSolver, cost_at_a_strength, solve_at
 from bitmend.protocols import SOLVERS, Event, Need, Problem, Solution
 
 
@@ -33,7 +33,6 @@ class StrengthGrid:
         feedback: `held_out`, or `in_sample` for the study.
         points: how many strengths, evenly spaced from 0 to `max_strength`.
         max_strength: the largest one.
-        refit: fit again on all rows at the chosen strength.
         damping: added to the diagonal of G, as a fraction of its mean; dimensionless, > 0.
         order: "diagonal" rounds columns by decreasing mean square of their input, "natural" from left to right.
     """
@@ -46,7 +45,6 @@ class StrengthGrid:
     feedback: Literal["held_out", "in_sample"] = "held_out"
     points: int = 11
     max_strength: float = 1.0
-    refit: bool = True
     damping: Damping = 0.01
     order: Literal["natural", "diagonal"] = "diagonal"
 
@@ -59,19 +57,14 @@ class StrengthGrid:
 
     def cost(self) -> SolverCost:
         """Return what the forecast counts: all strengths stacked in one sweep and measured, then the refit."""
-        return SolverCost(
-            factors=2,
-            squares=4,
-            wide_squares=2 if self.form == "shift" else 0,
-            square_products=2,
-            sweeps=2,
-            copies=self.points + 1,
+        return replace(
+            cost_at_a_strength(self.form),
+            copies=self.points,
             stacked=self.points,
-            residual_terms=0 if self.form == "shift" else 1,
             searches=1,
             products=4 + self.points,
-            double_products=2,
-            double_matrices=8,
+            double_matrices=6,
+            again=cost_at_a_strength(self.form),
         )
 
     def solve(self, problem: Problem) -> Solution:
@@ -102,10 +95,23 @@ class StrengthGrid:
             events = (
                 Event("fallback", problem.site.name, f"{message}; set calibration.held_out above 0", degrades=True),
             )
-        if not self.refit or problem.everything is None:
-            return Solution(solutions[best], diagnostics, events)
-        final, _ = solver.refit(problem.everything, strengths[best], solutions[best].qparams)
-        return Solution(final, diagnostics, events, proved=solutions[best])
+        return Solution(solutions[best], diagnostics, events)
+
+    def solve_again(self, problem: Problem, judged: Solution) -> Solution:
+        """Return the matrix fitted at the strength and the scales that `judged` has chosen.
+
+        Raises:
+            FactorizationError: the moments stay indefinite after the damping ladder.
+        """
+        moments = problem.fit
+        if moments is None:
+            raise ValueError("strength_grid needs the moments G and C of its input")
+        strength = judged.diagnostics["residual_strength"]
+        qtensor, factor = solve_at(
+            problem.weight, problem.spec, moments, self.form, strength, judged.qtensor.qparams, self.damping, self.order
+        )
+        found = {"damping": factor.damping, "dead_columns": factor.dead_columns}
+        return Solution(qtensor, {**judged.diagnostics, **found}, judged.events)
 
     def _solver(self, problem: Problem, moments: Moments) -> StrengthSolver:
         return StrengthSolver(

@@ -9,7 +9,7 @@ from bitmend.linalg.moments import Moments
 from bitmend.numerics.granularity import PerChannel, num_groups
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.protocols import Problem, SiteSolver
+from bitmend.protocols import ChoosingSolver, Need, Problem, SiteSolver
 
 # Relative difference of errors below which float32 cannot tell two candidates apart.
 EQUALLY_GOOD = 1e-5
@@ -47,6 +47,17 @@ def input_is_not_changed(solver: SiteSolver, problem: Problem) -> None:
 def same_input_same_answer(solver: SiteSolver, problem: Problem) -> None:
     """Two runs agree bit for bit."""
     assert_same(solver.solve(problem).qtensor, solver.solve(problem).qtensor)
+
+
+def choice_is_kept(solver: SiteSolver, problem: Problem) -> None:
+    """A solver that chooses on held-out rows, fitted again on the same rows, gives what it gave; others choose nothing."""
+    if Need.HELD_OUT not in solver.needs:
+        return
+    assert isinstance(solver, ChoosingSolver)
+    judged = solver.solve(problem)
+    again = solver.solve_again(replace(problem, held_out=None), judged)
+    assert_same(again.qtensor, judged.qtensor)
+    assert again.diagnostics == judged.diagnostics
 
 
 def permuting_rows_permutes_the_answer(solver: SiteSolver, problem: Problem) -> None:
@@ -127,6 +138,7 @@ SOLVER_LAWS = (
     result_lies_on_the_grid,
     input_is_not_changed,
     same_input_same_answer,
+    choice_is_kept,
     permuting_rows_permutes_the_answer,
     scaling_by_a_power_of_two_scales_the_answer,
     scaling_the_moments_changes_nothing,
