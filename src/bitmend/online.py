@@ -16,6 +16,8 @@ from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
 
+PREFIX_KEY, PREFIX_VALUE = "prefix_key", "prefix_value"  # tensors of a module that attends
+
 
 @dataclass(frozen=True)
 class InputScheme:
@@ -37,10 +39,36 @@ class InputScheme:
 
 
 @dataclass(frozen=True)
+class PrefixShape:
+    """Keys and values that stand before those of all tokens, as if some tokens had come first.
+
+    Attributes:
+        tokens: how many.
+        heads: of keys and values.
+        key_width: features of a head's key.
+        value_width: features of a head's value.
+    """
+
+    tokens: int
+    heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Name of a tensor -> (heads, tokens, width)."""
+        return {
+            PREFIX_KEY: (self.heads, self.tokens, self.key_width),
+            PREFIX_VALUE: (self.heads, self.tokens, self.value_width),
+        }
+
+
+@dataclass(frozen=True)
 class AttentionScheme:
     """What happens to queries, keys and values behind the position embedding, and to the weights that attention gives them.
 
-    Each head of each token is rounded by itself. Keys and values are what a cache keeps.
+    Each head of each token is rounded by itself. Keys and values are what a cache keeps; those of the prefix are never
+    rounded, and no cache holds them.
 
     Attributes:
         rotation: of queries and keys, head by head; their products stay the same, and no feature of a key stands out (R3 of
@@ -49,6 +77,7 @@ class AttentionScheme:
         keys: how they are rounded, after the rotation.
         values: how they are rounded.
         probabilities: how the weights of each query are rounded, from 0 on.
+        prefix: of the keys and values before all others, which lie beside the weights of the module; None: there are none.
     """
 
     rotation: Rotation | None = None
@@ -56,6 +85,7 @@ class AttentionScheme:
     keys: ActivationSpec | None = None
     values: ActivationSpec | None = None
     probabilities: ActivationSpec | None = None
+    prefix: PrefixShape | None = None
 
     def of_queries(self, queries: Tensor) -> Tensor:
         """Return what attention reads in place of the queries (..., head width)."""
@@ -69,10 +99,16 @@ class AttentionScheme:
         """Return what attention reads in place of the values (..., head width)."""
         return InputScheme(activations=self.values).apply(values)
 
+    def of_prefix_keys(self, keys: Tensor) -> Tensor:
+        """Return what attention reads in place of the keys of the prefix (..., head width)."""
+        return InputScheme(self.rotation).apply(keys)
+
     def steps(self) -> list[str]:
         """Return each step in words."""
         named = {name: getattr(self, name) for name in ("queries", "keys", "values", "probabilities")}
         words = [] if self.rotation is None else [f"{self.rotation} of queries and keys"]
+        if self.prefix is not None:
+            words.append(f"keys and values of {self.prefix.tokens} tokens before all others")
         for name, spec in named.items():
             if spec is not None:
                 words.append(str(spec).replace("activations", name, 1).replace("a token", "a head of a token", 1))

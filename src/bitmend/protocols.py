@@ -336,10 +336,12 @@ class TokenBatch:
     Attributes:
         ids: token numbers, padded on the right.
         mask: true where there is a real token; None when every row is full.
+        first_position: of the first token of each row; below 0 for tokens in front of a text.
     """
 
     ids: Int[Tensor, "batch sequence"]
     mask: Tensor | None = None
+    first_position: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -69,7 +69,9 @@ def computed(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ nothing changes
-@pytest.mark.parametrize(("on_disk", "keep_wide"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("on_disk", "keep_wide"), [pytest.param(False, False, marks=pytest.mark.slow), (True, False), (False, True)]
+)
 def test_it_changes_no_bit(tiny, opened, monkeypatch, tmp_path, on_disk, keep_wide, subtests):
     for family in (*tiny.families, *tiny.expert_families):
         with subtests.test(family=family):

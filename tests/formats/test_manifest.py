@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.online import AttentionScheme, InputScheme
+from bitmend.online import AttentionScheme, InputScheme, PrefixShape
 
 SPEC = QuantSpec(UniformGrid(4, True), PerGroup(32), "mse", torch.bfloat16)
 
@@ -69,7 +70,7 @@ def test_what_no_file_can_say_is_refused():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 4, "has format_version 4, this release reads up to 3"),
+        (["format_version"], 5, "has format_version 5, this release reads up to 4"),
         (["format_version"], True, "needs 'format_version' to be of type int; got True"),
         (["schemes"], {}, "needs 'schemes' to be of type list"),
         (["schemes", 0], 4, r"each of quantization_config\.schemes must be a table"),
@@ -202,7 +203,7 @@ def test_what_is_done_inside_the_attention_survives_json():
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("attentions", "layers.0.attn"), {}, "must be a table of rotation, queries"),
+        (("attentions", "layers.0.attn"), {}, "must be a table of rotation, prefix, queries"),
         (("attentions", "layers.0.attn", "keys", "bits"), 1, r"inside the attention layers\.0\.attn is impossible"),
         (("attentions", "layers.0.attn", "keys", "scale_bits"), 8, "must have 16 or 32 bits"),
         (("attentions", "layers.0.attn", "keys", "scale_bits"), "16", "of type int"),
@@ -249,4 +250,42 @@ def test_changed_activations_break_the_seal():
     _, config = online_config()
     config["inputs"]["layers.0.up"]["activations"]["bits"] = 4
     with pytest.raises(CheckpointError, match="their seal differs"):
+        Manifest.from_json(config)
+
+
+def test_ranges_and_a_prefix_survive_json_in_a_version_of_their_own():
+    static = ActivationSpec(4, ranges=(2.5,))
+    heads = replace(static, ranges=(0.5, 3.0), scale_bits=16)
+    kept = AttentionScheme(keys=heads, values=heads, prefix=PrefixShape(2, 2, 8, 16))
+    for found in (
+        Manifest({"a": ManifestEntry(SPEC, (8, 32))}, inputs={"b": InputScheme(activations=static)}),
+        Manifest({"a": ManifestEntry(SPEC, (8, 32))}, attentions={"c": kept}),
+        Manifest({"a": ManifestEntry(SPEC, (8, 32))}, attentions={"c": AttentionScheme(prefix=kept.prefix)}),
+    ):
+        config = json.loads(json.dumps(found.to_json()))
+        assert config["format_version"] == 4
+        assert Manifest.from_json(config) == found
+    with pytest.raises(RequestError, match="static ranges must be found before they are stored"):
+        Manifest({}, inputs={"b": InputScheme(activations=replace(static, ranges=()))}).to_json()
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([], "must have 1 to 4096 ranges, numbers"),
+        ([1], "must have 1 to 4096 ranges, numbers"),
+        (["1.0"], "must have 1 to 4096 ranges, numbers"),
+        ([1.0] * 5000, "must have 1 to 4096 ranges, numbers"),
+        ([0.0], "must be positive and finite"),
+        ([float("nan")], "must be positive and finite"),
+        ([float("inf")], "must be positive and finite"),
+        (2.0, "'ranges' to be of type list"),
+    ],
+)
+def test_hostile_ranges_are_refused(ranges, message):
+    spec = ActivationSpec(4, ranges=(2.5,))
+    config = Manifest({"a": ManifestEntry(SPEC, (8, 32))}, inputs={"b": InputScheme(activations=spec)}).to_json()
+    del config["seal"]
+    config["inputs"]["b"]["activations"]["ranges"] = ranges
+    with pytest.raises(CheckpointError, match=message):
         Manifest.from_json(config)

@@ -113,3 +113,63 @@ def test_impossible_grids_are_refused(keys, message):
 def test_a_group_size_that_does_not_fit_names_the_divisors():
     with pytest.raises(RecipeError, match=r"got 5 for 8 features, whose divisors are 1, 2, 4, 8"):
         ActivationSpec(4, group_size=5).round(torch.zeros(2, 8))
+
+
+def test_static_by_hand():
+    # A range of 3.5 over 7 levels: steps of 0.5 for every token; what lies outside goes to the ends, -8 and 7 steps.
+    values = torch.tensor([[7.0, 2.6, -0.4, -7.0], [0.1, 0.3, -0.2, 0.0]])
+    spec = ActivationSpec(4, ranges=(3.5,))
+    assert spec.round(values).tolist() == [[3.5, 2.5, -0.5, -4.0], [0.0, 0.5, 0.0, 0.0]]
+    # Half the range: steps of 0.25.
+    assert ActivationSpec(4, ranges=(3.5,), clip_ratio=0.5).round(values[1]).tolist() == [0.0, 0.25, -0.25, 0.0]
+    # One range for each of two heads.
+    heads = torch.ones(1, 2, 1, 4) * 0.6
+    assert ActivationSpec(4, ranges=(7.0, 3.5)).round(heads).flatten().tolist() == [1.0] * 4 + [0.5] * 4
+
+
+def test_a_range_that_is_not_known_yet_is_that_of_what_comes():
+    values = torch.randn(2, 3, 5, 8)
+    largest = values.abs().amax((0, 2, 3))
+    known = ActivationSpec(4, ranges=tuple(largest.tolist()))
+    assert torch.equal(ActivationSpec(4, ranges=()).round(values), known.round(values))
+    flat = values.reshape(-1, 8)
+    assert torch.equal(
+        ActivationSpec(4, ranges=()).round(flat), ActivationSpec(4, ranges=(float(flat.abs().max()),)).round(flat)
+    )
+
+
+@pytest.mark.parametrize("ranges", [(), (2.0,)])
+def test_what_is_not_finite_is_seen_behind_a_static_range(ranges):
+    rounded = ActivationSpec(4, ranges=ranges).round(torch.tensor([[1.0, float("inf")], [float("nan"), 0.5]]))
+    assert bool(rounded[0, 1].isnan())
+    assert bool(rounded[1, 0].isnan())
+
+
+def test_static_values_come_back_from_a_cache():
+    spec = ActivationSpec(4, ranges=(1.0, 2.0, 3.0), scale_bits=16)
+    values = torch.randn(2, 3, 5, 8)
+    kept = spec.encode(values)
+    assert kept.scale.shape == (2, 3, 5, 1)
+    assert torch.equal(spec.decode(kept, torch.float32), spec.round(values))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"symmetric": False}, "static ranges need a symmetric grid without groups"),
+        ({"group_size": 4}, "static ranges need a symmetric grid without groups"),
+        ({"ranges": (0.0,)}, "static ranges must be positive and finite"),
+        ({"ranges": (1.0, float("nan"))}, "static ranges must be positive and finite"),
+    ],
+)
+def test_static_ranges_that_cannot_be(keys, message):
+    with pytest.raises(RecipeError, match=message):
+        ActivationSpec(4, **{"ranges": (1.0,), **keys})
+
+
+def test_ranges_of_heads_need_as_many_heads():
+    spec = ActivationSpec(4, ranges=(1.0, 2.0))
+    with pytest.raises(RecipeError, match=r"2 ranges need values of as many heads.*got \(1, 3, 4, 8\)"):
+        spec.round(torch.randn(1, 3, 4, 8))
+    with pytest.raises(RecipeError, match="2 ranges need values of as many heads"):
+        spec.round(torch.randn(4, 8))

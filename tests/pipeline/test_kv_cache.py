@@ -172,7 +172,7 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_runs(run_tiny, 
         (lambda a: a["model.layers.0.self_attn"]["rotation"].update(size=3), "rotates heads of 3 features"),
         (lambda a: a["model.layers.0.self_attn"]["keys"].update(group_size=3), "got 3 for 4 features"),
         (lambda a: a["model.layers.0.self_attn"]["keys"].update(scale_bits=8), "must have 16 or 32 bits; got 8"),
-        (lambda a: a["model.layers.0.self_attn"].update(answers={}), "must be a table of rotation, queries"),
+        (lambda a: a["model.layers.0.self_attn"].update(answers={}), "must be a table of rotation, prefix, queries"),
     ],
 )
 def test_a_changed_folder_is_refused(run_tiny, tmp_path, change, message):

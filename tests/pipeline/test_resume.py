@@ -94,13 +94,36 @@ def kill_at(monkeypatch):
     return At
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """What runs of the usual request have left, so that each is made once."""
+    return tmp_path_factory.mktemp("earlier")
+
+
 @pytest.fixture
-def stopped(run_tiny, kill_at):
+def whole(run_tiny, earlier, tmp_path):
+    """Return the output of a run of the usual request that was never stopped."""
+    kept = earlier / "whole"
+    if not kept.exists():
+        run_tiny("whole")
+        shutil.copytree(tmp_path / "whole", kept)
+        shutil.rmtree(tmp_path / "whole")
+    return kept
+
+
+@pytest.fixture
+def stopped(run_tiny, kill_at, earlier, tmp_path):
     """Return a function that leaves a run behind after its k-th site, killed without a chance to tidy up."""
 
     def stop(k, output="out", **request):
-        with pytest.raises(Killed), kill_at(Journal, "keep_site", k):
-            run_tiny(output, **request)
+        kept = earlier / f"after-{k}"
+        if request or output != "out" or not kept.exists():
+            with pytest.raises(Killed), kill_at(Journal, "keep_site", k):
+                run_tiny(output, **request)
+            if not request and output == "out":
+                shutil.copytree(tmp_path / "out.partial", kept)
+        else:
+            shutil.copytree(kept, tmp_path / "out.partial")
 
     return stop
 
@@ -115,26 +138,32 @@ class Said(SilentProgress):
 
 # ------------------------------------------------------------------------------------------------ bit for bit
 @pytest.mark.parametrize("k", range(1, NUM_SITES + 1))
-def test_a_run_killed_after_any_site_ends_in_the_same_files(run_tiny, stopped, tmp_path, k):
-    run_tiny("whole")
+def test_a_run_killed_after_any_site_ends_in_the_same_files(run_tiny, whole, stopped, tmp_path, k):
     stopped(k)
     assert not (tmp_path / "out").exists()
     run_tiny(resume=True)
-    assert_same(tmp_path / "out", tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert_same(tmp_path / "out", whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "gptaq", "marr", "descent"])
+MODELS = {
+    "tied": ("llama-tied", torch.float32, {"embedding": {"bits": 4}}),
+    "float16": ("llama", torch.float16, {"head": {"bits": 8}, "weights.symmetric": False}),
+    "gpt2-bfloat16": ("gpt2", torch.bfloat16, {"overrides": [{"targets": ["re:.*c_proj"], "skip": True}]}),
+}
+QUICK = {("marr", "tied"), ("descent", "float16"), ("gptaq", "gpt2-bfloat16"), ("gptq", "float16"), ("rtn", "tied")}
+
+
 @pytest.mark.parametrize(
-    ("family", "dtype", "keys"),
+    ("recipe", "kind"),
     [
-        ("llama-tied", torch.float32, {"embedding": {"bits": 4}}),
-        ("llama", torch.float16, {"head": {"bits": 8}, "weights.symmetric": False}),
-        ("gpt2", torch.bfloat16, {"overrides": [{"targets": ["re:.*c_proj"], "skip": True}]}),
+        pytest.param(recipe, kind, marks=[] if (recipe, kind) in QUICK else pytest.mark.slow)
+        for recipe in ("rtn", "gptq", "gptaq", "marr", "descent")
+        for kind in MODELS
     ],
-    ids=["tied", "float16", "gpt2-bfloat16"],
 )
-def test_solvers_types_and_ties(run_tiny, stopped, tmp_path, tiny, recipe, family, dtype, keys):
+def test_solvers_types_and_ties(run_tiny, stopped, tmp_path, tiny, recipe, kind):
+    family, dtype, keys = MODELS[kind]
     source = tiny.save(tmp_path / "source", tiny.build(family, dtype, num_hidden_layers=3))
     request = {"model": source, "recipe": recipe, "keys": {"weights.bits": 3, **keys}}
     whole = run_tiny("whole", **request)
@@ -144,7 +173,7 @@ def test_solvers_types_and_ties(run_tiny, stopped, tmp_path, tiny, recipe, famil
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("k", [5, 13, 14, 29])
+@pytest.mark.parametrize("k", [5, 14, *(pytest.param(k, marks=pytest.mark.slow) for k in (13, 29))])
 def test_a_mixture_of_experts(run_tiny, stopped, tmp_path, tiny, k):
     """Stopped in and between the steps of the experts, some of which are measured on all tokens."""
     source = tiny.save(tmp_path / "source", tiny.build("qwen3-moe"))
@@ -178,22 +207,20 @@ def test_a_run_may_be_stopped_again_and_again(run_tiny, stopped, tmp_path):
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_activations_on_disk_may_differ_between_the_parts_of_a_run(run_tiny, stopped, tmp_path):
-    run_tiny("whole")
+def test_activations_on_disk_may_differ_between_the_parts_of_a_run(run_tiny, whole, stopped, tmp_path):
     stopped(10, activations_on_disk=True)
     run_tiny(resume=True)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", whole)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
-def test_an_error_that_may_pass_keeps_a_clean_journal(run_tiny, kill_at, tmp_path, kind):
-    run_tiny("whole")
+def test_an_error_that_may_pass_keeps_a_clean_journal(run_tiny, whole, kill_at, tmp_path, kind):
     with pytest.raises(kind), kill_at(Journal, "keep_site", 9, kind=kind):
         run_tiny(activations_on_disk=True)
     assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {"journal", "parts"}
     assert not list(tmp_path.rglob("*.tmp"))
     run_tiny(resume=True)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", whole)
 
 
 # ------------------------------------------------------------------------------------------------ killed in a write
@@ -332,13 +359,12 @@ def test_solved_sites_are_not_solved_and_their_groups_not_measured_again(run_tin
     assert measured == [2, 3]
 
 
-def test_blocks_are_not_run_again_when_none_is_left(run_tiny, kill_at, tmp_path, monkeypatch):
-    run_tiny("whole")
+def test_blocks_are_not_run_again_when_none_is_left(run_tiny, whole, kill_at, tmp_path, monkeypatch):
     with pytest.raises(Killed), kill_at(CheckpointWriter, "finish", 1, before=True):
         run_tiny()
     monkeypatch.setattr("bitmend.pipeline.quantize.DualStream", None)  # would fail if it were reached
     run_tiny(resume=True)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", whole)
 
 
 def test_events_of_a_group_do_not_depend_on_where_a_run_was_stopped(run_tiny, stopped, tmp_path, monkeypatch, add_part):
@@ -383,13 +409,12 @@ def test_time_before_a_stop_is_counted(run_tiny, stopped):
 
 
 # ------------------------------------------------------------------------------------------------ what resume does
-def test_nothing_to_go_on_with_starts_fresh(run_tiny, tmp_path):
-    run_tiny("whole")
+def test_nothing_to_go_on_with_starts_fresh(run_tiny, whole, tmp_path):
     run_tiny(resume=True)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", whole)
     (tmp_path / "empty").mkdir()
     run_tiny("empty", resume=True)
-    assert_same(tmp_path / "empty", tmp_path / "whole")
+    assert_same(tmp_path / "empty", whole)
 
 
 def test_a_finished_run_is_left_alone(run_tiny, tmp_path, monkeypatch):
@@ -448,7 +473,7 @@ def test_a_stopped_overwrite_goes_on_and_replaces(run_tiny, stopped, tmp_path):
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_without_resume_both_ways_are_named(run_tiny, stopped, tmp_path):
+def test_without_resume_both_ways_are_named(run_tiny, whole, stopped, tmp_path):
     stopped(3)
     sentence = (
         r"out\.partial exists, left by a stopped run .*pass --resume to go on with it, or --overwrite to replace it"
@@ -457,9 +482,8 @@ def test_without_resume_both_ways_are_named(run_tiny, stopped, tmp_path):
         run_tiny()
     with pytest.raises(RequestError, match="--resume goes on with a run and --overwrite replaces it; pass one of them"):
         run_tiny(resume=True, overwrite=True)
-    run_tiny("whole")
     run_tiny(overwrite=True)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", whole)
 
 
 # ------------------------------------------------------------------------------------------------ another request
@@ -593,14 +617,13 @@ DAMAGE = [cut, flip_last, flip_number, Path.unlink, lambda path: path.write_byte
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=["cut", "codes", "report", "gone", "empty"])
 @pytest.mark.parametrize("file", ["journal/0001-0001.safetensors", "parts/0000.safetensors"])
-def test_damaged_files_are_not_believed(run_tiny, stopped, tmp_path, file, damage):
+def test_damaged_files_are_not_believed(run_tiny, whole, stopped, tmp_path, file, damage):
     """What lies before is kept, what lies behind is done again."""
-    run_tiny("whole")
     stopped(11)
     damage(tmp_path / "out.partial" / file)
     said = Said()
     run_tiny(resume=True, progress=said)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", whole)
     assert any("is not believed, and the run goes on from before it" in line for line in said.lines) == (
         damage is not Path.unlink
     )
@@ -643,9 +666,8 @@ def test_a_finished_report_of_other_values_is_refused(run_tiny, tmp_path, key):
 
 @pytest.mark.parametrize("key", ["report", "seconds", "events", "spec", "shape", "kind", "sites"])
 @pytest.mark.parametrize("file", ["journal/0001-0000.safetensors", "parts/0000.safetensors"])
-def test_forged_records_are_refused_or_not_believed(run_tiny, stopped, tmp_path, file, key):
+def test_forged_records_are_refused_or_not_believed(run_tiny, whole, stopped, tmp_path, file, key):
     """Values that no run writes, under a checksum that is right."""
-    run_tiny("whole")
     stopped(9)
     path = tmp_path / "out.partial" / file
     tensors, values = read_record(path)
@@ -655,7 +677,7 @@ def test_forged_records_are_refused_or_not_believed(run_tiny, stopped, tmp_path,
     except (CheckpointError, ResumeError) as error:
         assert re.search(r"does not hold what a run writes there|which is no site of", str(error))  # noqa: PT017
     else:
-        assert_same(tmp_path / "out", tmp_path / "whole")
+        assert_same(tmp_path / "out", whole)
 
 
 @pytest.mark.parametrize("name", ["journal", "parts"])
@@ -672,14 +694,13 @@ def test_nothing_is_touched_through_a_link(run_tiny, stopped, tmp_path, name):
     assert snapshot(tmp_path / "elsewhere") == before
 
 
-def test_a_folder_in_the_place_of_a_site_is_removed(run_tiny, stopped, tmp_path):
-    run_tiny("whole")
+def test_a_folder_in_the_place_of_a_site_is_removed(run_tiny, whole, stopped, tmp_path):
     stopped(9)
     path = tmp_path / "out.partial" / "journal" / "0001-0001.safetensors"
     path.unlink()
     path.mkdir()
     run_tiny(resume=True)
-    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert_same(tmp_path / "out", whole)
 
 
 # ------------------------------------------------------------------------------------------------ folders

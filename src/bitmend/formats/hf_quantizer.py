@@ -25,10 +25,10 @@ from bitmend.formats.integrity import check_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.safetensors_file import TensorRecord
 from bitmend.linalg.greedy_rotation import BlockRotation
-from bitmend.models.attention import attach_attention, use_rounding_attention_
+from bitmend.models.attention import attach_attention, hold_prefix_, use_rounding_attention_
 from bitmend.models.experts import experts_of, unpack_experts_
 from bitmend.numerics.activations import ActivationSpec
-from bitmend.online import InputScheme, attach_input, attach_output
+from bitmend.online import InputScheme, PrefixShape, attach_input, attach_output
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
@@ -215,8 +215,17 @@ def attach_attentions_(model: PreTrainedModel, manifest: Manifest) -> dict[str, 
         for spec in (scheme.queries, scheme.keys, scheme.values):
             if spec is not None and isinstance(width, int):
                 _check_groups(name, spec, width)
+        if scheme.prefix is not None:
+            _hold_empty_prefix_(model, module, scheme.prefix)
         attach_attention(module, scheme)
     return found
+
+
+def _hold_empty_prefix_(model: PreTrainedModel, module: nn.Module, prefix: PrefixShape) -> None:
+    """Make room for the keys and values that the files hold, where the module's weights are."""
+    held = next(tensor for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
+    tensors = [torch.empty(shape, dtype=model.dtype, device=held.device) for shape in prefix.shapes.values()]
+    hold_prefix_(module, *tensors)
 
 
 def _prefix_to_drop(model: nn.Module, names: Iterable[str]) -> str:

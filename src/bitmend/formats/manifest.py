@@ -36,6 +36,14 @@ Rotations that are made for a layer's inputs come with it, too: several layers r
  "rotations": [{"block": 128, "seed": 0, "first": "17 3", "order": "5 0 ...", "second": "9", "transposed": false}]}
 ```
 
+Static ranges (`"ranges": [2.5]` beside the other keys of a grid) and a prefix come with format version 4:
+
+```json
+{"attentions": {"model.layers.0.self_attn": {"prefix": {"tokens": 2, "heads": 2, "key_width": 64, "value_width": 64}}}}
+```
+
+The keys and values of the prefix are tensors of the module that attends, `prefix_key` and `prefix_value`.
+
 `seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
 schemes may give tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone
 cannot tell a scheme that was changed. Folders of older versions have none.
@@ -43,6 +51,7 @@ cannot tell a scheme that was changed. Folders of older versions have none.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -57,13 +66,16 @@ from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.online import AttentionScheme, InputScheme
+from bitmend.online import AttentionScheme, InputScheme, PrefixShape
 
 QUANT_METHOD = "bitmend"
-FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION = 1, 2, 3
+FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES = 1, 2, 3, 4
 LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
 OPERANDS = ("queries", "keys", "values", "probabilities")
+PREFIX = ("tokens", "heads", "key_width", "value_width")
+LARGEST_PREFIX = 1 << 20  # entries of its keys or values
+LARGEST_HEADS = 4096  # ranges of one grid
 LARGEST_BLOCK, LARGEST_STEPS = 4096, 4096  # of a rotation in blocks
 LARGEST_LIST = 8 * LARGEST_ROTATION  # characters
 NUMBERS = re.compile(r"(\d{1,7}( \d{1,7})*)?")
@@ -138,6 +150,11 @@ class Manifest:
 
     def _version(self, shares: bool) -> int:
         """Return the oldest format version that holds all of this, so that older readers read what they can."""
+        specs = [one.activations for one in self.inputs.values()]
+        specs += [getattr(one, name) for one in self.attentions.values() for name in OPERANDS]
+        static = any(spec is not None and spec.ranges is not None for spec in specs)
+        if static or any(one.prefix is not None for one in self.attentions.values()):
+            return VERSION_WITH_RANGES
         if self.attentions or shares:
             return VERSION_WITH_ATTENTION
         return VERSION_WITH_INPUTS if self.inputs or self.outputs else FORMAT_VERSION
@@ -151,9 +168,9 @@ class Manifest:
                 know, a scheme that is impossible, or a seal that differs.
         """
         version = _get(config, "format_version", int)
-        if version not in (FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION):
+        if not FORMAT_VERSION <= version <= VERSION_WITH_RANGES:
             raise CheckpointError(
-                f"quantization_config has format_version {version}, this release reads up to {VERSION_WITH_ATTENTION}; "
+                f"quantization_config has format_version {version}, this release reads up to {VERSION_WITH_RANGES}; "
                 f"load it with the release of bitmend that wrote it, or a newer one"
             )
         schemes = [_scheme_from_json(item) for item in _get(config, "schemes", list)]
@@ -182,7 +199,7 @@ class Manifest:
                         f"quantization_config.outputs[{name!r}] must hold a rotation and nothing else"
                     )
                 outputs[name] = one.rotation
-        if version == VERSION_WITH_ATTENTION:
+        if version >= VERSION_WITH_ATTENTION:
             found = _get(config, "attentions", dict)
             attentions = {name: attention_from_json(name, one) for name, one in found.items()}
         return cls(modules, tied, _get(config, "provenance", dict), files, inputs, outputs, attentions)
@@ -247,7 +264,8 @@ def attention_to_json(scheme: AttentionScheme) -> dict[str, Any]:
     """Return how a module rounds what it attends with, as plain JSON; what is not done is left out."""
     found: dict[str, Any] = {} if scheme.rotation is None else {"rotation": _rotation_to_json(scheme.rotation)}
     specs = {name: getattr(scheme, name) for name in OPERANDS}
-    return found | {name: _activations_to_json(spec) for name, spec in specs.items() if spec is not None}
+    found |= {name: _activations_to_json(spec) for name, spec in specs.items() if spec is not None}
+    return found if scheme.prefix is None else found | {"prefix": asdict(scheme.prefix)}
 
 
 def attention_from_json(name: str, item: Any) -> AttentionScheme:
@@ -257,13 +275,25 @@ def attention_from_json(name: str, item: Any) -> AttentionScheme:
         CheckpointError: a missing or unknown key, a wrong type or an impossible value; names the module.
     """
     where = f"what quantization_config does inside the attention {name}"
-    if not isinstance(item, dict) or not item or not set(item) <= {"rotation", *OPERANDS}:
-        raise CheckpointError(f"{where} must be a table of rotation, {', '.join(OPERANDS)}; got {item!r:.80}")
+    if not isinstance(item, dict) or not item or not set(item) <= {"rotation", "prefix", *OPERANDS}:
+        raise CheckpointError(f"{where} must be a table of rotation, prefix, {', '.join(OPERANDS)}; got {item!r:.80}")
     rotation = _rotation_from_json(where, item) if "rotation" in item else None
     if rotation is not None and not isinstance(rotation, Rotation):
         raise CheckpointError(f"{where} must rotate heads by size and seed; got {item['rotation']!r:.80}")
     specs = {key: _activations_from_json(where, item, key) for key in OPERANDS if key in item}
-    return AttentionScheme(rotation, **specs)
+    prefix = _prefix_from_json(where, item) if "prefix" in item else None
+    return AttentionScheme(rotation, prefix=prefix, **specs)
+
+
+def _prefix_from_json(where: str, item: Mapping[str, Any]) -> PrefixShape:
+    about = _get(item, "prefix", dict)
+    if set(about) != set(PREFIX):
+        raise CheckpointError(f"{where} must say {', '.join(PREFIX)} of a prefix; got {about!r:.80}")
+    shape = PrefixShape(**{key: _get(about, key, int) for key in PREFIX})
+    entries = [math.prod(sides) for sides in shape.shapes.values()]
+    if min(asdict(shape).values()) < 1 or max(entries) > LARGEST_PREFIX:
+        raise CheckpointError(f"{where} must have a prefix of 1 to {LARGEST_PREFIX} numbers; got {about!r:.80}")
+    return shape
 
 
 def _rotation_to_json(rotation: AnyRotation) -> dict[str, Any]:
@@ -333,6 +363,12 @@ def _activations_to_json(spec: ActivationSpec) -> dict[str, Any]:
     found = asdict(spec)
     if spec.scale_bits == UNKEPT_SCALE_BITS:  # as folders of version 2 have it
         del found["scale_bits"]
+    if spec.ranges is None:
+        del found["ranges"]
+    elif not spec.ranges:
+        raise RequestError("static ranges must be found before they are stored, but there are none yet")
+    else:
+        found["ranges"] = list(spec.ranges)
     return found
 
 
@@ -340,8 +376,13 @@ def _activations_from_json(where: str, item: Mapping[str, Any], key: str) -> Act
     about = _get(item, key, dict)
     keys = (_get(about, "bits", int), _get(about, "symmetric", bool), _get(about, "group_size", int))
     scale_bits = _get(about, "scale_bits", int) if "scale_bits" in about else UNKEPT_SCALE_BITS
+    ranges = None
+    if "ranges" in about:
+        ranges = tuple(_get(about, "ranges", list))
+        if not 1 <= len(ranges) <= LARGEST_HEADS or not all(type(value) is float for value in ranges):
+            raise CheckpointError(f"{where} must have 1 to {LARGEST_HEADS} ranges, numbers; got {about!r:.80}")
     try:
-        return ActivationSpec(*keys, _get(about, "clip_ratio", float), scale_bits)
+        return ActivationSpec(*keys, _get(about, "clip_ratio", float), scale_bits, ranges)
     except RecipeError as error:
         raise CheckpointError(f"{where} is impossible: {error}") from error
 

@@ -4,6 +4,9 @@ transformers asks a table of functions for the one that attends. Two of them are
 module they are torch's fused attention (`sdpa`), or the model's own (`eager`), to the last bit; with one (`attach_attention`)
 they rotate and round what comes in. Models that attend by themselves, without asking that table, are refused. Keys and values
 that come from a cache which keeps them rounded are marked as such (`Prepared`) and taken as they are.
+
+A module may hold the keys and values of a prefix: they are put in front of all others, whatever the cache holds, and every
+query looks at them. Their positions are those before 0, so that nothing else moves.
 """
 
 import math
@@ -20,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitmend.errors import ModelError
-from bitmend.online import AttentionScheme
+from bitmend.online import PREFIX_KEY, PREFIX_VALUE, AttentionScheme, PrefixShape
 from bitmend.sites import AttentionSite
 
 NAMES = {"sdpa": "bitmend_sdpa", "eager": "bitmend_eager"}
@@ -92,9 +95,35 @@ def _attend(
         query = scheme.of_queries(query)
         key = key.as_subclass(Tensor) if isinstance(key, Prepared) else scheme.of_keys(key)
         value = value.as_subclass(Tensor) if isinstance(value, Prepared) else scheme.of_values(value)
+        if scheme.prefix is not None:
+            mask = _mask_with_prefix(module, scheme.prefix, query, key, mask, options)
+            key, value = _with_prefix(module, scheme, key, value)
         if scheme.probabilities is not None:
             return _one_by_one(module, scheme, query, key, value, mask, options)
     return function(module, query, key, value, mask, **options)
+
+
+def _with_prefix(module: nn.Module, scheme: AttentionScheme, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    first_key, first_value = module.get_buffer(PREFIX_KEY), module.get_buffer(PREFIX_VALUE)
+    batch = len(key)
+    keys = scheme.of_prefix_keys(first_key).to(key).expand(batch, -1, -1, -1)
+    values = first_value.to(value).expand(batch, -1, -1, -1)
+    return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+
+
+def _mask_with_prefix(
+    module: nn.Module, prefix: PrefixShape, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor | None:
+    """Return a mask by which every query also looks at the prefix, which stands in front of the keys."""
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        causal = options.get("is_causal")
+        if queries == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
+            return None
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        mask = seen.expand(1, 1, -1, -1)
+    visible = 1 if mask.dtype == torch.bool else 0
+    return torch.cat([mask.new_full((*mask.shape[:-1], prefix.tokens), visible), mask[..., :keys]], dim=-1)
 
 
 def _one_by_one(
@@ -136,7 +165,8 @@ def _one_by_one(
 def attach_attention(module: nn.Module, scheme: AttentionScheme) -> Callable[[], None]:
     """Let a module attend as `scheme` says, until what is returned is called.
 
-    The module then fails when its model has been told to attend in another way, which would round nothing.
+    The module then fails when its model has been told to attend in another way, which would round nothing. Where the scheme
+    has a prefix, the module must hold its tensors (`hold_prefix_`).
     """
 
     def check(module: nn.Module, arguments: Any) -> None:
@@ -157,6 +187,19 @@ def attach_attention(module: nn.Module, scheme: AttentionScheme) -> Callable[[],
             delattr(module, _PLACE)
 
     return remove
+
+
+def hold_prefix_(module: nn.Module, keys: Tensor, values: Tensor) -> None:
+    """Let a module hold the keys and values of a prefix as tensors of its state, (heads, tokens, width) each."""
+    module.register_buffer(PREFIX_KEY, keys)
+    module.register_buffer(PREFIX_VALUE, values)
+
+
+def drop_prefix_(module: nn.Module) -> None:
+    """Let a module forget the prefix that it holds, if it does."""
+    for name in (PREFIX_KEY, PREFIX_VALUE):
+        if name in module._buffers:
+            delattr(module, name)
 
 
 def attached_scheme(module: nn.Module) -> AttentionScheme | None:

@@ -285,6 +285,9 @@ class HfCausalLm:
         call: dict[str, Any] = {"input_ids": batch.ids.to(self.device), "use_cache": False}
         if batch.mask is not None:
             call["attention_mask"] = batch.mask.to(self.device, torch.long)
+        if batch.first_position:
+            positions = torch.arange(batch.ids.shape[1], device=self.device) + batch.first_position
+            call["position_ids"] = positions.unsqueeze(0)
         return call
 
     def _path_of(self, getter: str) -> str | None:

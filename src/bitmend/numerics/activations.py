@@ -1,10 +1,12 @@
-"""Rounding of activations while the model runs: each token to a grid of its own.
+"""Rounding of activations while the model runs: each token to a grid of its own, or all to one that calibration has fixed.
 
-Nothing is stored: the scale of a token (or of a group of its features) is computed from its own values and used at once.
-What a layer then reads are the values of the grid's levels, in the dtype of the model: integer kernels compute the same
-products from codes and scales.
+Dynamic: nothing is stored; the scale of a token (or of a group of its features) is computed from its own values and used at
+once. Static: one range for all tokens (of each head, inside the attention) is stored, and what lies outside goes to the ends
+of the grid. What a layer then reads are the values of the grid's levels, in the dtype of the model: integer kernels compute
+the same products from codes and scales.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +35,7 @@ class TokenCodes:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """How the tokens that a layer reads are rounded, dynamically.
+    """How the tokens that a layer reads are rounded.
 
     Attributes:
         bits: 2 to 8.
@@ -41,6 +43,9 @@ class ActivationSpec:
         group_size: features that share a scale; -1 for the whole token.
         clip_ratio: share of the largest magnitude (or of the range) that the grid covers; what lies outside goes to its ends.
         scale_bits: 32, or 16 where scales are kept (as bfloat16) and the rounded values must be those that come back.
+        ranges: None: each token has a scale of its own. Else the largest magnitude, the same for all tokens: one number, or
+            one for each head of what is (batch, heads, token, width). Empty: not known yet; then it is the largest of what
+            comes at once. Symmetric grids without groups only.
     """
 
     bits: int
@@ -48,6 +53,7 @@ class ActivationSpec:
     group_size: int = -1
     clip_ratio: float = 1.0
     scale_bits: int = 32
+    ranges: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -58,9 +64,20 @@ class ActivationSpec:
             raise RecipeError(f"activation group_size must be -1 (a whole token) or positive; got {self.group_size}")
         if self.scale_bits not in (16, 32):
             raise RecipeError(f"the scales of activations must have 16 or 32 bits; got {self.scale_bits}")
+        if self.ranges is None:
+            return
+        if not self.symmetric or self.group_size != -1:
+            raise RecipeError(
+                "static ranges need a symmetric grid without groups; set symmetric = true and group_size = -1, or "
+                "static = false"
+            )
+        if not all(0 < value < math.inf for value in self.ranges):
+            raise RecipeError(f"static ranges must be positive and finite; got {self.ranges!r:.80}")
 
     def __str__(self) -> str:
         shared = "a token" if self.group_size == -1 else f"{self.group_size} features"
+        if self.ranges is not None:
+            shared = "all tokens" if len(self.ranges) < 2 else "all tokens of a head"
         clipped = "" if self.clip_ratio == 1 else f", clipped to {self.clip_ratio:g}"
         kind = "symmetric" if self.symmetric else "with zero points"
         return f"activations of {self.bits} bits, {kind}, one scale for {shared}{clipped}"
@@ -110,7 +127,10 @@ class ActivationSpec:
         return values.reshape(tokens.codes.shape).to(dtype)
 
     def bits_per_value(self, width: int) -> float:
-        """Return the bits that a kept value takes: its code and its share of scale and zero point."""
+        """Return the bits that a kept value takes: its code and its share of scale and zero point.
+
+        A cache keeps a scale for each token also where it is the same for all.
+        """
         size = width if self.group_size == -1 else self.group_size
         return self.bits + (self.scale_bits + (0 if self.symmetric else 8)) / size
 
@@ -126,6 +146,12 @@ class ActivationSpec:
         """Return levels (*batch, groups, size), in units of the scales, the scales and zero points (*batch, groups, 1)."""
         width = values.shape[-1]
         self.check_width(width)
+        if self.ranges is not None:
+            scale = self._kept(self._largest(values) * (self.clip_ratio / self._grid.max_code))
+            groups = values.float().unsqueeze(-2)
+            # What is not finite would end at the end of the grid, unseen.
+            levels = self._grid.nearest_levels(groups, scale.unsqueeze(-1), None) + groups * 0
+            return levels, scale.unsqueeze(-1).expand(*groups.shape[:-1], 1), None
         size = width if self.group_size == -1 else self.group_size
         grid = self._grid
         groups = values.float().reshape(*values.shape[:-1], width // size, size)
@@ -142,6 +168,23 @@ class ActivationSpec:
                 grid.min_code, grid.max_code
             )  # a scale that was rounded down may leave the codes
         return grid.nearest_levels(groups, scale, zero_point), scale, zero_point
+
+    def _largest(self, values: Tensor) -> Tensor:
+        """Return the range of all tokens, to be broadcast over (*batch, groups)."""
+        assert self.ranges is not None
+        by_head = values.ndim == 4
+        if not self.ranges:
+            every = values.float().abs()
+            return every.amax((0, 2, 3)).reshape(-1, 1, 1) if by_head else every.amax().reshape(1)
+        ranges = torch.tensor(self.ranges, dtype=torch.float32, device=values.device)
+        if len(ranges) == 1:
+            return ranges
+        if not by_head or values.shape[1] != len(ranges):
+            raise RecipeError(
+                f"{len(ranges)} ranges need values of as many heads, (batch, heads, token, width); got "
+                f"{tuple(values.shape)}"
+            )
+        return ranges.reshape(-1, 1, 1)
 
     def _kept(self, scale: Tensor) -> Tensor:
         """Return the scale as it comes back from where it is kept."""

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,19 +11,18 @@ from torch import Tensor
 
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
-from bitmend.linalg.greedy_rotation import AnyRotation
-from bitmend.models.attention import attach_attention
 from bitmend.numerics.qtensor import QTensor, QuantSpec
-from bitmend.online import AttentionScheme, InputScheme, attach_input
+from bitmend.pipeline.block_rounding import BlockRounding
 from bitmend.pipeline.machine import return_free_memory
 from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
+from bitmend.pipeline.prefix import Prefix, choose_prefix, first_token_of
 from bitmend.pipeline.rare_experts import refuse_rare_experts
 from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
 from bitmend.pipeline.transform_guard import TransformGuard
 from bitmend.pipeline.transforming import BlockTransforms, Transforms
 from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
-from bitmend.sites import AttentionSite, Block
+from bitmend.sites import Block
 
 TRACE_TOKENS = 8
 
@@ -69,13 +68,13 @@ def quantise_blocks(
     it all one full-precision forward where rare experts are to be refused. For each block that the journal holds one
     full-precision and one quantised forward, unless there are no rows or no block is left.
     """
-    if recipe.rounds_attention:
+    if recipe.changes_attention:
         adapter.prepare_attention_()
     transforms = transforms or Transforms(adapter, recipe.build_transforms(), trace_batch(), recipe.forced_transforms())
     loop = _Loop(adapter, recipe, report, device, journal, transforms)
     if batches:
         transforms.guard = TransformGuard(
-            adapter, lambda site: recipe.scheme(site.name, adapter.dtype), loop.rounding, batches, device
+            adapter, lambda site: recipe.scheme(site.name, adapter.dtype), loop.rounding.attached, batches, device
         )
     names = adapter.block_names
     first = 0 if journal is None else journal.num_finished
@@ -91,9 +90,7 @@ def quantise_blocks(
                 directory=directory,
                 trace=trace_batch(),
             )
-    with loop.timed("embed"):
-        transforms.begin_()
-    report.events += transforms.events
+    loop.begin_(batches, progress, directory)
     if first == len(names):
         return
     streams = None
@@ -138,21 +135,47 @@ class _Loop:
         self.recipe = recipe
         self.report = report
         self.transforms = transforms
-        self._attentions: dict[int, tuple[AttentionSite, ...]] = {}  # of the block at hand
+        self.rounding = BlockRounding(adapter, recipe, trace_batch())
+        self.prefix: Prefix | None = None
         wanted = recipe.calibration
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
         self.keep_inputs = wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM)
         self.measures = wanted.two_streams or bool(solver.needs)
 
+    def begin_(self, batches: Sequence[tuple[TokenBatch, bool]], progress: Progress, directory: Path | None) -> None:
+        """Choose the tokens that stand in front of every text, then transform what lies around the blocks."""
+        if self.recipe.prefix is not None:
+            with self.timed("prefix"):
+                tokens, event = choose_prefix(
+                    self.adapter,
+                    self.recipe.prefix,
+                    batches,
+                    first_token_of(self.adapter.model.config),
+                    progress,
+                    device=self.device,
+                    directory=directory,
+                    trace=trace_batch(),
+                )
+            self.report.events.append(event)
+            self.prefix = Prefix(self.adapter, tokens) if tokens else None
+        with self.timed("embed"):
+            self.transforms.begin_()
+            if self.prefix is not None:
+                self.prefix.begin_()
+        self.report.events += self.transforms.events
+
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()
         block, transformed, events = self._open(index, streams)
+        if streams is not None and self.rounding.searches:
+            with self.timed("ranges"):
+                events += self.rounding.find_(block, streams)
         report = BlockReport(block.name, transforms=transformed.judged)
         self.report.blocks.append(report)
         with self.timed("forward"):
             run = None if streams is None else self._both_streams(streams, block)
         return_free_memory()
-        with self.rounding(block):
+        with self.rounding.attached(block):
             sites = self._solve(block, run, report, events)
             return_free_memory()
             if streams is not None and run is not None:
@@ -163,14 +186,18 @@ class _Loop:
         report.seconds = time.perf_counter() - started
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
         self.report.events += events
-        inputs, attentions = self._input_schemes(block, transformed.inputs), self._attention_schemes(block)
-        self.transforms.release_block()
-        online = {f"{block.name}.{path}" if path else block.name: scheme for path, scheme in attentions.items()}
-        return QuantisedBlock(block.name, sites, kinds, self._rest(index, sites), report, tuple(events), inputs, online)
+        inputs, attentions = (
+            self.rounding.input_schemes(block, transformed.inputs),
+            self.rounding.attention_schemes(block),
+        )
+        rest = self._rest(index, sites)
+        self._leave()
+        return QuantisedBlock(block.name, sites, kinds, rest, report, tuple(events), inputs, attentions)
 
     def _both_streams(self, streams: DualStream, block: Block) -> BlockRun:
         rare = self.recipe.calibration.rare()
-        return BlockRun(streams, block, keep_inputs=self.keep_inputs, rare_experts=rare)
+        with self.rounding.unrounded(block):
+            return BlockRun(streams, block, keep_inputs=self.keep_inputs, rare_experts=rare)
 
     def replay_block(self, finished: QuantisedBlock, index: int, streams: DualStream) -> None:
         """Take both streams through a finished block, by the very steps of `run_block` that they went through it before.
@@ -179,14 +206,16 @@ class _Loop:
             ResumeError: they come out differently, so that what follows would differ, too.
         """
         block, _, _ = self._open(index, streams)
+        self.rounding.found_before_(block, finished.inputs, finished.attentions)
         with self.timed("forward"):
-            run = BlockRun(streams, block, keep_inputs=False)
+            with self.rounding.unrounded(block):
+                run = BlockRun(streams, block, keep_inputs=False)
             for site in block.sites:
                 if site.name in finished.sites:
                     site.store_(block.module, finished.sites[site.name].dequantize(self.adapter.dtype))
-            with self.rounding(block):
+            with self.rounding.attached(block):
                 error = run.finish_()
-        self.transforms.release_block()
+        self._leave()
         if error != finished.report.relative_error:
             raise ResumeError(
                 f"{block.name} was finished with a relative error of {finished.report.relative_error!r}, but run again it "
@@ -200,35 +229,16 @@ class _Loop:
             self.adapter.load_block(index)
             block = self.adapter.describe_block(index, trace_batch())
             transformed = self.transforms.apply_(block, streams)
+            self.rounding.begin_(block)
+            if self.prefix is not None:
+                self.rounding.with_prefixes_(self.prefix.enter_(block))
         return block, transformed, _unread_events(block) + transformed.events
 
-    @contextmanager
-    def rounding(self, block: Block) -> Iterator[None]:
-        """Round what layers and attention read, as in the finished model; the full-precision stream has passed before."""
-        wanted = {site: self.recipe.activation_spec(site.name) for site in block.sites}
-        with ExitStack() as attached:
-            for site, spec in wanted.items():
-                if spec is not None:
-                    module = block.module.get_submodule(site.path)
-                    attached.callback(attach_input(module, InputScheme(activations=spec)).remove)
-            for path, scheme in self._attention_schemes(block).items():
-                attached.callback(attach_attention(block.module.get_submodule(path), scheme))
-            yield
-
-    def _attention_schemes(self, block: Block) -> dict[str, AttentionScheme]:
-        """Return how the attention of a block rounds its operands, by path in the block."""
-        if not self.recipe.rounds_attention:
-            return {}
-        if block.index not in self._attentions:
-            self._attentions = {block.index: self.adapter.attentions_of(block, trace_batch())}
-        schemes = {site.path: self.recipe.attention_scheme(site) for site in self._attentions[block.index]}
-        return {path: scheme for path, scheme in schemes.items() if scheme is not None}
-
-    def _input_schemes(self, block: Block, rotations: Mapping[str, AnyRotation]) -> dict[str, InputScheme]:
-        """Return what is done to the inputs of layers while the finished model runs, by full path."""
-        activations = {site.path: self.recipe.activation_spec(site.name) for site in block.sites}
-        schemes = {path: InputScheme(rotations.get(path), activations.get(path)) for path in [*activations, *rotations]}
-        return {f"{block.name}.{path}": scheme for path, scheme in schemes.items() if scheme != InputScheme()}
+    def _leave(self) -> None:
+        """Take off the block what was attached when it was opened."""
+        self.transforms.release_block()
+        if self.prefix is not None:
+            self.prefix.leave_()
 
     def _solve(
         self, block: Block, run: BlockRun | None, report: BlockReport, events: list[Event]

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError, model_validator
@@ -60,17 +60,33 @@ class WeightSection(_Section):
         return QuantSpec(UniformGrid(self.bits, self.symmetric), granularity, self.observer, dtype)
 
 
+# Share of the largest magnitude that the grid covers; `search`: found for each block on calibration rows.
+ClipRatio = Annotated[float, Field(gt=0, le=1)] | Literal["search"]
+SEARCH = "search"
+
+
+def _first_ratio(ratio: float | str) -> float:
+    return 1.0 if isinstance(ratio, str) else ratio
+
+
+def _ranges(static: bool) -> tuple[float, ...] | None:
+    return () if static else None
+
+
 class ActivationSection(_Section):
     """How each token is rounded in front of the layers that are quantised, while the model runs."""
 
     bits: StrictInt = Field(4, ge=2, le=8)
     group_size: StrictInt = -1  # -1: one scale per token
     symmetric: bool = True
-    clip_ratio: float = Field(1.0, gt=0, le=1)  # share of the largest magnitude that the grid covers
+    clip_ratio: ClipRatio = 1.0
+    static: bool = False  # one scale for all tokens, from the largest magnitude of the calibration rows
 
     def spec(self) -> ActivationSpec:
-        """Return the grid of these keys."""
-        return ActivationSpec(self.bits, self.symmetric, self.group_size, self.clip_ratio)
+        """Return the grid of these keys, ranges and ratios that are still to be found left open."""
+        return ActivationSpec(
+            self.bits, self.symmetric, self.group_size, _first_ratio(self.clip_ratio), ranges=_ranges(self.static)
+        )
 
 
 class KvCacheSection(_Section):
@@ -79,12 +95,29 @@ class KvCacheSection(_Section):
     bits: StrictInt = Field(4, ge=2, le=8)
     group_size: StrictInt = -1  # -1: one scale per head of a token
     symmetric: bool = False
-    clip_ratio: float = Field(1.0, gt=0, le=1)
+    clip_ratio: ClipRatio = 1.0
+    static: bool = False  # one scale for all tokens of a head
     rotate: bool = True  # queries and keys, head by head, so that no feature of a key stands out
 
     def spec(self) -> ActivationSpec:
-        """Return the grid of these keys; scales as they are kept."""
-        return ActivationSpec(self.bits, self.symmetric, self.group_size, self.clip_ratio, scale_bits=16)
+        """Return the grid of these keys, as in `ActivationSection`; scales as they are kept."""
+        ratio, ranges = _first_ratio(self.clip_ratio), _ranges(self.static)
+        return ActivationSpec(self.bits, self.symmetric, self.group_size, ratio, scale_bits=16, ranges=ranges)
+
+
+class PrefixSection(_Section):
+    """Keys and values of a few tokens in front of every text, so that no token of the text takes on massive activations."""
+
+    tokens: list[StrictInt] | None = Field(
+        None, min_length=1
+    )  # None: those that have massive activations on calibration rows
+    threshold: float = Field(64.0, gt=1)  # of a token's largest activation over the median of its row
+    max_tokens: StrictInt = Field(8, ge=1)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens may stand in front."""
+        return self.max_tokens if self.tokens is None else len(self.tokens)
 
 
 class AttentionSection(_Section):
@@ -164,6 +197,7 @@ class Recipe(_Section):
     activations: ActivationSection | None = None  # None: not rounded
     kv_cache: KvCacheSection | None = None  # None: keys and values are not rounded
     attention: AttentionSection | None = None
+    prefix: PrefixSection | None = None  # None: nothing stands in front
     solver: dict[str, Any] = {"name": "gptq"}
     transforms: list[dict[str, Any]] = []
     overrides: list[OverrideSection] = []
@@ -175,6 +209,9 @@ class Recipe(_Section):
     def _parts_exist(self) -> "Recipe":
         self.build_solver()
         self.build_transforms()
+        for section in (self.activations, self.kv_cache):
+            if section is not None:
+                section.spec()
         return self
 
     def build_solver(self) -> Any:
@@ -220,6 +257,11 @@ class Recipe(_Section):
     def rounds_attention(self) -> bool:
         """Whether something inside the attention is rounded."""
         return self.kv_cache is not None or (self.attention or AttentionSection()) != AttentionSection()
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether attention is not what it was: rounded, or with a prefix."""
+        return self.rounds_attention or self.prefix is not None
 
     def attention_scheme(self, site: AttentionSite) -> AttentionScheme | None:
         """Return how one attention rounds its operands, or None when it does not, or an override skips it.
@@ -371,6 +413,7 @@ def _section_keys(location: tuple[int | str, ...]) -> list[str]:
         "activations": ActivationSection,
         "kv_cache": KvCacheSection,
         "attention": AttentionSection,
+        "prefix": PrefixSection,
         "overrides": OverrideSection,
         "calibration": CalibrationSection,
         "embedding": EndSection,

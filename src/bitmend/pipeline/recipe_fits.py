@@ -33,7 +33,7 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
         RecipeError: a group size that does not fit a site (named), an override that matches nothing.
         ModelError: packed experts in a form that cannot be quantised, or attention that cannot be rounded but is to be.
     """
-    found = _find(adapter, attend=recipe.rounds_attention)
+    found = _find(adapter, attend=recipe.changes_attention)
     for name, width in found.widths.items():
         _check_site(recipe, adapter, name, width)
     for site in found.attentions:
@@ -41,11 +41,13 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
             recipe.attention_scheme(site)
         except RecipeError as error:
             raise RecipeError(f"{site.name}: {error}") from error
-    if recipe.rounds_attention and not found.attentions:
+    if recipe.changes_attention and not found.attentions:
         raise ModelError(
-            f"rounding keys and values needs a model that attends, but no block of {type(adapter.model).__name__} asks for "
-            "the attention that it was told to use; leave kv_cache and attention out of the recipe"
+            "rounding keys and values, or a prefix, needs a model that attends, but no block of "
+            f"{type(adapter.model).__name__} asks for the attention that it was told to use; leave kv_cache, attention and "
+            "prefix out of the recipe"
         )
+    _check_prefix(recipe, adapter)
     names = [*found.widths, *(site.name for site in found.attentions)]
     for override in recipe.overrides:
         if not any(override.matches(name) for name in names):
@@ -78,6 +80,14 @@ def _find(adapter: ModelAdapter, *, attend: bool) -> _Found:
         found.attentions += [replace(site, name=f"{name}.{site.path}".rstrip(".")) for site in attentions]
         found.of_one_block = found.of_one_block or len(block.sites)
     return found
+
+
+def _check_prefix(recipe: Recipe, adapter: ModelAdapter) -> None:
+    tokens = [] if recipe.prefix is None else recipe.prefix.tokens or []
+    size = adapter.model.get_submodule(adapter.embedding_name).get_parameter("weight").shape[0]
+    for token in tokens:
+        if not 0 <= token < size:
+            raise RecipeError(f"prefix.tokens must be numbers of tokens, from 0 to {size - 1}; got {token}")
 
 
 def _check_site(recipe: Recipe, adapter: ModelAdapter, name: str, width: int) -> None:

@@ -455,11 +455,21 @@ def _row_length(recipe: Recipe, adapter: ModelAdapter, rows: CalibrationSet | No
     """Return the tokens of a full row: of `rows`, or as the recipe asks."""
     context = getattr(adapter.model.config, "max_position_embeddings", None)
     context = context if isinstance(context, int) and context > 0 else LONGEST_DEFAULT_SEQUENCE
+    in_front = 0 if recipe.prefix is None else recipe.prefix.most_tokens
+    if in_front >= context:
+        raise RequestError(
+            f"a prefix of {in_front} tokens leaves nothing of the model's context of {context} tokens; name fewer in "
+            "prefix.tokens, or lower prefix.max_tokens"
+        )
+    context -= in_front
     length = recipe.calibration.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
     if rows is not None:
         length = max(row.numel() for row in rows.rows)
     if length > context:
-        raise RequestError(f"sequence_length must be at most the model's context of {context} tokens; got {length}")
+        behind = f", of which a prefix may take {in_front}" if in_front else ""
+        raise RequestError(
+            f"sequence_length must be at most the model's context of {context + in_front} tokens{behind}; got {length}"
+        )
     return length
 
 

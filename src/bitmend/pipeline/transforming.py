@@ -170,7 +170,7 @@ class Transforms:
         _refuse_not_finite(block)
         given = self._adapter.block_inputs(self._batch)
         wiring = self._adapter.wiring_of(block, self._batch)
-        hidden = _small_numbers_like(given.hidden)
+        hidden = small_numbers_like(given.hidden)
         # The streams are rotated from the embedding on, the block only once it is its turn.
         turn = None if self._rotation is None else self._rotation.inverse
 
@@ -232,7 +232,7 @@ def _refuse_not_finite(block: Block) -> None:
             )
 
 
-def _small_numbers_like(hidden: Tensor) -> Tensor:
+def small_numbers_like(hidden: Tensor) -> Tensor:
     """Return normal random numbers, small beside what blocks add.
 
     A real residual stream has a few features a thousand times larger than what one block adds; rounded to bfloat16, their sum

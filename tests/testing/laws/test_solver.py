@@ -26,7 +26,7 @@ from bitmend.testing.laws.strategies import problems
 @pytest.mark.parametrize("law", SOLVER_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", [entry.name for entry in SOLVERS])
 def test_solver(name, law):
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(problem=problems())
     def holds(problem):
         law(SOLVERS[name](), problem)

@@ -1,0 +1,172 @@
+"""Static ranges and searched ratios: found on the fit split, stored, and what the loaded model rounds by."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bitmend.calibrate.data import Split, load_calibration
+from bitmend.errors import RecipeError
+from bitmend.models.tokenizer import load_tokenizer
+from bitmend.pipeline import block_rounding as module
+from bitmend.pipeline.recipe import parse_recipe
+from bitmend.runtime.packed_cache import cache_option
+
+W8 = {"weights.bits": 8, "weights.group_size": -1}
+STATIC = {"activations.bits": 6, "activations.static": True}
+STATIC_KV = {"kv_cache.bits": 6, "kv_cache.static": True, "kv_cache.symmetric": True}
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+def manifest_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).hf_quantizer.quantization_config.manifest
+
+
+def fit_ids(folder, text):
+    rows = load_calibration([text], load_tokenizer(folder), sequences=8, sequence_length=12, held_out=0.25, seed=0)
+    return torch.cat(
+        [row.ids for row, split in zip(rows.batches(1), rows.split_of_batch(1), strict=True) if split is Split.FIT]
+    )
+
+
+def test_ranges_of_the_first_block_are_those_of_the_fit_split(run_tiny, tiny, tiny_model, tiny_text, tmp_path):
+    """By hand: the model as it is, run on the rows of the fit split alone."""
+    run_tiny(keys={**W8, **STATIC, **STATIC_KV})
+    manifest = manifest_of(tmp_path / "out")
+    model, seen = tiny.build("llama"), {}
+    block = model.model.layers[0]
+    for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.v_proj"):
+        layer = block.get_submodule(path)
+        layer.register_forward_hook(lambda _, given, got, path=path: seen.setdefault(path, (given[0], got)) and None)
+    with torch.no_grad():
+        model(fit_ids(tiny_model, tiny_text))
+    for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        spec = manifest.inputs[f"model.layers.0.{path}"].activations
+        assert spec.ranges == pytest.approx((float(seen[path][0].abs().max()),), rel=1e-5)
+    assert manifest.inputs["model.layers.0.self_attn.k_proj"] == manifest.inputs["model.layers.0.self_attn.q_proj"]
+    values = seen["self_attn.v_proj"][1]
+    heads = values.reshape(*values.shape[:2], -1, 4).abs().amax((0, 1, 3))
+    assert manifest.attentions["model.layers.0.self_attn"].values.ranges == pytest.approx(heads.tolist(), rel=1e-5)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["format_version"] == 4
+
+
+def test_what_is_solved_for_is_what_runs(run_tiny, tiny, tiny_text, tiny_model, tmp_path):
+    report = run_tiny(
+        keys={**W8, **STATIC, **STATIC_KV, "activations.clip_ratio": "search", "kv_cache.clip_ratio": "search"}
+    )
+    model, seen = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), []
+    rows = load_calibration(
+        [tiny_text], load_tokenizer(tiny_model), sequences=8, sequence_length=12, held_out=0.25, seed=0
+    )
+    splits = zip(rows.batches(1), rows.split_of_batch(1), strict=True)
+    held_out = torch.cat([row.ids for row, split in splits if split is Split.HELD_OUT])
+    for one in (model, tiny.build("llama")):
+        handle = one.model.norm.register_forward_pre_hook(lambda norm, arguments: seen.append(arguments[0]))
+        with torch.no_grad():
+            one(held_out)
+        handle.remove()
+    error = float((seen[0] - seen[1]).square().sum() / seen[1].square().sum())
+    assert error == pytest.approx(report.blocks[-1].relative_error, rel=0.02)
+
+
+def test_a_search_is_never_worse_than_no_clipping_on_the_rows_it_looks_at(run_tiny, tmp_path, monkeypatch):
+    errors = []
+    original = module.BlockRounding._search_
+
+    def note(rounding, quantiser, rows):
+        before = rows.error()
+        original(rounding, quantiser, rows)
+        errors.append((quantiser, before, rows.error(), rounding.spec_of(quantiser).clip_ratio))
+
+    monkeypatch.setattr(module.BlockRounding, "_search_", note)
+    keys = {**W8, "activations.bits": 3, "activations.clip_ratio": "search"}
+    run_tiny(keys={**keys, "kv_cache.bits": 3, "kv_cache.clip_ratio": "search"})
+    assert len(errors) == 2 * (4 + 2)  # two blocks; four inputs, keys, values
+    assert {quantiser.operand for quantiser, *_ in errors} == {None, "keys", "values"}
+    assert all(after <= before for _, before, after, _ in errors)
+    assert any(after < 0.95 * before for _, before, after, _ in errors)
+    assert all(0 < ratio <= 1 for *_, ratio in errors)
+    found = {one.activations.clip_ratio for one in manifest_of(tmp_path / "out").inputs.values()}
+    assert found == {ratio for quantiser, *_, ratio in errors if quantiser.operand is None}
+
+
+def test_a_search_ends_when_smaller_ratios_are_worse(run_tiny, monkeypatch):
+    """At 8 bits clipping harms at once: no search goes on to the smallest ratios."""
+    asked = []
+    original = module._SearchRows.error
+
+    def note(rows):
+        asked.append(min(one.clip_ratio for one in rows._rounding.inputs.values()))
+        return original(rows)
+
+    monkeypatch.setattr(module._SearchRows, "error", note)
+    run_tiny(keys={**W8, "activations.bits": 8, "activations.clip_ratio": "search"})
+    assert asked
+    assert min(asked) > 0.5
+
+
+def test_resume_is_bit_identical(run_tiny, interrupted, tmp_path):
+    keys = {**STATIC, **STATIC_KV, "activations.clip_ratio": "search", "weights.bits": 3}
+    run_tiny("whole", keys=keys)
+    for k in (3, 9):
+        interrupted(k, f"out{k}", keys=keys)
+        run_tiny(f"out{k}", keys=keys, resume=True)
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / f"out{k}" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0, "was zero on all calibration tokens"), (None, "no calibration token")]
+)
+def test_a_range_of_what_never_comes_is_not_invented(run_tiny, tmp_path, monkeypatch, value, words):
+    original = module._Largest._take
+
+    def take(largest, quantiser, found):
+        if quantiser.paths != ("mlp.down_proj",):
+            original(largest, quantiser, found)
+        elif value is not None:
+            original(largest, quantiser, found * value)
+
+    monkeypatch.setattr(module._Largest, "_take", take)
+    report = run_tiny(keys={**W8, **STATIC})
+    events = [event for event in report.events if event.kind == "no_range"]
+    assert [event.where for event in events] == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    assert all(words in event.message and event.degrades for event in events)
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest.inputs["model.layers.0.mlp.down_proj"].activations.ranges is None
+    assert manifest.inputs["model.layers.0.mlp.up_proj"].activations.ranges is not None
+
+
+def test_experts_have_ranges_of_their_own(run_tiny, tiny, tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.build("mixtral"))
+    run_tiny(model=folder, keys={**W8, **STATIC})
+    manifest = manifest_of(tmp_path / "out")
+    ranges = {scheme.activations.ranges for name, scheme in manifest.inputs.items() if name.endswith("w2")}
+    assert len(ranges) > 2
+
+
+def test_a_packed_cache_holds_static_keys(run_tiny, tmp_path):
+    run_tiny(keys={**W8, **STATIC_KV})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(model(IDS, **cache_option(model)).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"activations": {"static": True, "symmetric": False}},
+        {"activations": {"static": True, "group_size": 16}},
+        {"kv_cache": {"static": True}},
+    ],
+)
+def test_static_needs_a_symmetric_grid_without_groups(keys):
+    with pytest.raises(RecipeError, match="static ranges need a symmetric grid without groups; set symmetric = true"):
+        parse_recipe(keys)
+
+
+@pytest.mark.parametrize("ratio", ["find", 0.0, 1.5])
+def test_a_ratio_is_a_share_or_a_search(ratio):
+    with pytest.raises(RecipeError, match="clip_ratio"):
+        parse_recipe({"activations": {"clip_ratio": ratio}})
