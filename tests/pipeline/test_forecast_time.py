@@ -92,3 +92,10 @@ def test_codes_are_packed_twice_on_their_way_to_the_file():
     written = 3 * 3 * FACTS.blocks[0].written_bytes / FINISH_RATE
     slow = replace(ENDLESS, pack=1e3)
     assert seconds_of(FACTS, slow)["write"] == pytest.approx(3 * 2 * 32 * 64 / 1e3 + files + written)
+
+
+def test_rows_that_pass_before_solving_take_the_time_of_a_pass():
+    facts = replace(FACTS, rows_before=4)  # of a hundred tokens
+    assert seconds_of(FACTS, ENDLESS)["prepare"] == 0
+    assert seconds_of(facts, ENDLESS)["prepare"] == pytest.approx(3 * 4 * 5.0)
+    assert seconds_of(facts, ENDLESS)["total"] == pytest.approx(seconds_of(FACTS, ENDLESS)["total"] + 3 * 4 * 5.0)

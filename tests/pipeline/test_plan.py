@@ -13,11 +13,12 @@ from bitmend.errors import RequestError
 from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
 from bitmend.pipeline import machine, run
 from bitmend.pipeline import plan as module
-from bitmend.pipeline.forecast import forecast
+from bitmend.pipeline.forecast import BatchShape, forecast
 from bitmend.pipeline.plan import (
     AMPLE_SHARE,
     Baseline,
     Limits,
+    _rows_before,
     asked_batches,
     cost_of,
     duration,
@@ -26,7 +27,7 @@ from bitmend.pipeline.plan import (
     settle,
     size,
 )
-from bitmend.pipeline.recipe import load_recipe
+from bitmend.pipeline.recipe import load_recipe, parse_recipe
 from bitmend.protocols import Need, Solution
 
 KEYS = {"weights.group_size": 8, "weights.observer": "minmax", "calibration.sequence_length": 12}
@@ -310,3 +311,21 @@ def test_memory_does_not_grow_with_the_blocks(tiny, tmp_path):
 def test_sizes_and_times_in_words():
     assert [size(count) for count in (0, 1.2345e6, 1.5e9)] == ["0 MB", "1.23 MB", "1.5 GB"]
     assert [duration(seconds) for seconds in (0.4, 75, 600, 7200)] == ["0 s", "75 s", "10 min", "2.0 h"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        ({}, 0),
+        ({"transforms": [{"name": "quarot"}]}, 3 * 4),  # reads no rows; the guard runs four held-out rows thrice
+        ({"transforms": [{"name": "smooth"}, {"name": "quarot"}]}, 12 + 2 * 3 * 4),
+        ({"activations": {"static": True}}, 12),
+        ({"activations": {"clip_ratio": "search"}}, 5 * 9 * 8),
+        ({"kv_cache": {"clip_ratio": "search", "static": True, "symmetric": True}}, 12 + 2 * 9 * 8),
+        ({"prefix": {}}, 12),
+        ({"prefix": {"tokens": [1]}}, 0),
+    ],
+)
+def test_rows_that_pass_before_a_block_is_solved(keys, rows):
+    batches = [BatchShape(4, 16), BatchShape(8, 16), BatchShape(4, 16, held_out=True)]
+    assert _rows_before(parse_recipe(keys), batches, groups=5) == rows

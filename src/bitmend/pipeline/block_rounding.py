@@ -30,6 +30,7 @@ from bitmend.sites import Block
 SEARCH_ROWS = 8  # of the fit split, at most
 COARSE = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 FINE = 0.025  # on either side of the best coarse ratio
+USUAL_RATIOS = 9  # that a search tries, for the forecast
 PATIENCE = 2  # ratios in a row that are worse, before a search ends
 HELD = ("keys", "values")
 

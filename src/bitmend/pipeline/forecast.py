@@ -137,6 +137,7 @@ class Facts:
         on_device: blocks run on a device with memory of its own.
         keep_wide: results of wide layers are kept from run to run.
         judged: how many transforms the guard judges at each block.
+        rows_before: how many rows pass each block before it is solved, for transforms, ranges and the choice of a prefix.
         widened: products of the layers are taken in float32 (`numerics/products.py`).
         held_bytes: what the process held above its baseline when the forecast was made, tensors outside the blocks apart.
         opening_bytes: the most that it had held above its baseline until then: a tokenizer at work on the calibration texts
@@ -158,6 +159,7 @@ class Facts:
     on_device: bool = False
     keep_wide: bool = False
     judged: int = 0
+    rows_before: int = 0
     widened: bool = False
     held_bytes: int = 0
     opening_bytes: int = 0

@@ -34,9 +34,11 @@ def seconds_of(facts: Facts, rates: Rates, *, finished_blocks: int = 0, before: 
     whole = sum(block.count * _whole_passes(facts, block) for block in facts.blocks)
     moments = sum(block.count * _moments(facts, block, rates) for block in facts.blocks)
     solve = sum(block.count * _solve(facts, block, rates) for block in facts.blocks)
+    prepare = sum(block.count * _before_solving(facts, block) for block in facts.blocks)
     found = {
         "open": before,
         "load": load,
+        "prepare": prepare,
         "forward": whole + share * (passes - whole),
         "moments": share * moments,
         "solve": share * solve,
@@ -71,6 +73,15 @@ def _whole_passes(facts: Facts, block: BlockShape) -> float:
         * (_layers(block.forward, block, batch.tokens) + _attention(block.forward, block, batch.tokens, batch.length))
         for batch in facts.batches
     )
+
+
+def _before_solving(facts: Facts, block: BlockShape) -> float:
+    """Seconds of what passes a block for its transforms, ranges and prefix; a run that goes on does it all again."""
+    if block.forward is None or not facts.rows_before:
+        return 0.0
+    length = max(batch.length for batch in facts.batches)
+    tokens = facts.rows_before * length
+    return _layers(block.forward, block, tokens) + _attention(block.forward, block, tokens, length)
 
 
 def _whole(facts: Facts, batch: BatchShape) -> int:

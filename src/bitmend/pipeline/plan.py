@@ -21,13 +21,16 @@ from bitmend.numerics.products import bfloat16_is_slower
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.pipeline import machine
+from bitmend.pipeline.block_rounding import SEARCH_ROWS, USUAL_RATIOS
 from bitmend.pipeline.ends import end_shapes
 from bitmend.pipeline.forecast import BatchShape, BlockShape, Facts, Forecast, SiteShape, forecast
 from bitmend.pipeline.forecast_time import seconds_of
 from bitmend.pipeline.per_site import BOTH_STREAMS, FULL_PRECISION_STREAM
+from bitmend.pipeline.prefix import ROWS_LOOKED_AT
 from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.rates import Rates, measure_rates
-from bitmend.pipeline.recipe import Recipe
+from bitmend.pipeline.recipe import SEARCH, Recipe
+from bitmend.pipeline.transform_guard import GUARD_ROWS
 from bitmend.protocols import ModelAdapter, TokenBatch
 
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
@@ -184,11 +187,31 @@ def gather_facts(
         keep_inputs=wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM),
         on_disk=on_disk,
         judged=len(recipe.transforms),
+        rows_before=_rows_before(recipe, batches, len(blocks[0].groups)) if batches else 0,
         on_device=device.type != "cpu",
         widened=device.type == "cpu" and adapter.dtype == torch.bfloat16 and bfloat16_is_slower(),
         held_bytes=held,
         opening_bytes=opening,
     )
+
+
+def _rows_before(recipe: Recipe, batches: Sequence[BatchShape], groups: int) -> int:
+    """Return how many rows pass each block before it is solved.
+
+    Transforms read the fit split once each, and the guard runs a few rows thrice for each; static ranges read the fit split;
+    a search runs a few rows for each ratio of each quantiser; a prefix is chosen from a pass through the whole network.
+    """
+    fit = sum(batch.rows for batch in batches if not batch.held_out)
+    held_out = sum(batch.rows for batch in batches if batch.held_out)
+    transforms = recipe.build_transforms()
+    rows = fit * sum(transform.needs_rows for transform in transforms) + 3 * min(GUARD_ROWS, held_out) * len(transforms)
+    for section, quantisers in ((recipe.activations, groups), (recipe.kv_cache, 2)):
+        if section is not None:
+            rows += fit if section.static else 0
+            rows += quantisers * USUAL_RATIOS * min(SEARCH_ROWS, fit) if section.clip_ratio == SEARCH else 0
+    if recipe.prefix is not None and recipe.prefix.tokens is None:
+        rows += min(ROWS_LOOKED_AT, fit)
+    return rows
 
 
 def cost_of(solver: Any) -> SolverCost:
