@@ -3,7 +3,7 @@ from torch import nn
 
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
-from bitmend.online import InputScheme, attach_input, attach_output
+from bitmend.online import InputScheme, attach_input, attach_output, rounding_put_off
 
 
 def test_rotation_comes_before_rounding():
@@ -33,3 +33,18 @@ def test_two_at_one_layer_act_in_the_order_in_which_they_were_attached():
     attach_input(layer, InputScheme(Rotation(8, 1)))
     attach_input(layer, InputScheme(None, ActivationSpec(2)))
     assert torch.equal(layer(values), ActivationSpec(2).round(Rotation(8, 1).apply(values)))
+
+
+def test_rounding_can_be_put_off():
+    layer, seen = nn.Linear(4, 2), []
+    attach_input(layer, InputScheme(Rotation(4)))
+    attach_input(layer, InputScheme(activations=ActivationSpec(3)))
+    layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    values = torch.randn(5, 4)
+    with rounding_put_off(layer) as found:
+        layer(values)
+    layer(values)
+    turned = Rotation(4).apply(values)
+    assert found == [ActivationSpec(3)]
+    assert torch.equal(seen[0], turned)  # rotated, not rounded
+    assert torch.equal(seen[1], ActivationSpec(3).round(turned))

@@ -6,7 +6,9 @@ leaves the modules of a model as they are. What happens inside the attention is 
 `models/attention.py`, which knows how models of transformers attend.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
 
+_PUT_OFF = "_bitmend_rounding_put_off"  # on a module
 PREFIX_KEY, PREFIX_VALUE = "prefix_key", "prefix_value"  # tensors of a module that attends
 
 
@@ -119,10 +122,24 @@ def attach_input(module: nn.Module, scheme: InputScheme) -> RemovableHandle:
     """Apply `scheme` to the first argument of each call of `module`, until the handle is removed."""
 
     def prepare(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        del module
-        return (scheme.apply(arguments[0]), *arguments[1:])
+        spec, put_off = scheme.activations, module.__dict__.get(_PUT_OFF)
+        if spec is None or put_off is None:
+            return (scheme.apply(arguments[0]), *arguments[1:])
+        put_off.append(spec)
+        return (replace(scheme, activations=None).apply(arguments[0]), *arguments[1:])
 
     return module.register_forward_pre_hook(prepare)
+
+
+@contextmanager
+def rounding_put_off(module: nn.Module) -> Iterator[list[ActivationSpec]]:
+    """Let `module` be called with what it would round; how it would have rounded is noted in the list, call by call."""
+    found: list[ActivationSpec] = []
+    module.__dict__[_PUT_OFF] = found
+    try:
+        yield found
+    finally:
+        del module.__dict__[_PUT_OFF]
 
 
 def attach_output(module: nn.Module, rotation: Rotation) -> RemovableHandle:

@@ -6,6 +6,8 @@ import torch
 from bitmend.calibrate.dual_stream import BlockRun, DualStream, real_tokens
 from bitmend.errors import NumericsError
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.numerics.activations import ActivationSpec
+from bitmend.online import InputScheme, attach_input
 from bitmend.protocols import BlockStreams, Need, TokenBatch
 
 CPU = torch.device("cpu")
@@ -53,11 +55,11 @@ def coarse(weight):
     return (weight / step).round() * step
 
 
-def run_block(streams, index, groups_to_round, keep_inputs=True):
+def run_block(streams, index, groups_to_round, keep_inputs=True, **options):
     """Load a block, take its full-precision pass, round some groups, and return the run."""
     streams.adapter.load_block(index)
     block = streams.adapter.describe_block(index, full_batch(0))
-    run = BlockRun(streams, block, keep_inputs=keep_inputs)
+    run = BlockRun(streams, block, keep_inputs=keep_inputs, **options)
     for group in groups_to_round:
         for site in block.groups[group].sites:
             site.store_(block.module, coarse(site.weight(block.module)))
@@ -161,6 +163,32 @@ def test_moments_equal_those_of_hooked_inputs(tiny, folder, rows, family, layers
             assert asymmetry > 1e-3 * expected["C"].abs().max()  # else a transposed C would pass
         for site in run.block.groups[group].sites:
             site.store_(run.block.module, coarse(site.weight(run.block.module)))
+
+
+@pytest.mark.parametrize("whole_residual", [True, False])
+@pytest.mark.parametrize("rows", BATCHES)
+def test_the_rounding_of_its_own_input_is_part_of_the_residual_or_not(tiny, folder, rows, whole_residual):
+    """By hand, at down_proj: the block as it is gives x~ and, with its other groups rounded, what is then rounded to x."""
+    batches, spec = BATCHES[rows], ActivationSpec(3)
+    run = run_block(opened(folder("llama"), batches), 0, [0, 1, 2], whole_residual=whole_residual)
+    handle = attach_input(run.block.module.get_submodule("mlp.down_proj"), InputScheme(activations=spec))
+    fit, _ = run.moments(DOWN_PROJ, ALL)
+    handle.remove()
+    original, rounded = tiny.build("llama"), tiny.build("llama")
+    for group in run.block.groups[:DOWN_PROJ]:
+        for site in group.sites:
+            with torch.no_grad():
+                weight = rounded.get_submodule(f"model.layers.0.{site.path}").weight
+                weight.copy_(coarse(weight))
+    fitted = [pair for pair in batches if not pair[1]]
+    x_fp, before = (
+        torch.cat(hooked_inputs(one, "model.layers.0.mlp.down_proj", fitted)) for one in (original, rounded)
+    )
+    x = spec.round(before.float()).double()
+    dx = x_fp - (x if whole_residual else before)
+    assert torch.allclose(fit.G, x.T @ x / len(x), rtol=1e-4, atol=1e-7)
+    assert torch.allclose(fit.C, dx.T @ x / len(x), rtol=1e-3, atol=1e-7)
+    assert torch.allclose(fit.D, dx.T @ dx / len(x), rtol=1e-3, atol=1e-7)
 
 
 def test_only_the_moments_that_are_asked_for(folder):
@@ -299,7 +327,7 @@ def test_a_group_that_does_not_run_is_told(folder, monkeypatch):
     streams = opened(folder("llama"), BATCHES["full"])
     run = run_block(streams, 0, [])
     monkeypatch.setattr(streams.adapter, "run_block", lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"mlp\.down_proj of model\.layers\.0 did not run on batch 0"):
+    with pytest.raises(RuntimeError, match=r"mlp\.down_proj of model\.layers\.0 on batch 0 did not run"):
         run.moments(DOWN_PROJ, ALL)
 
 

@@ -16,6 +16,7 @@ Both streams run the same kernels on the same batch shapes, so that without any 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from bitmend.calibrate.activation_store import ActivationStore
-from bitmend.calibrate.experts import ExpertInputs, InputSeen, refuse_not_finite, stopper
+from bitmend.calibrate.experts import (
+    ExpertInputs,
+    called_with,
+    read_both,
+    refuse_not_finite,
+    with_own_rounding,
+)
 from bitmend.calibrate.kept_results import KeptResults
 from bitmend.linalg.moments import Moments, MomentSums
 from bitmend.protocols import BlockInputs, ModelAdapter, Need, TokenBatch
@@ -253,7 +260,13 @@ class BlockRun:
     """
 
     def __init__(
-        self, streams: DualStream, block: Block, *, keep_inputs: bool, rare_experts: RareExperts | None = None
+        self,
+        streams: DualStream,
+        block: Block,
+        *,
+        keep_inputs: bool,
+        rare_experts: RareExperts | None = None,
+        whole_residual: bool = False,
     ) -> None:
         """Run the full-precision stream through the block, whose weights must still be full precision.
 
@@ -262,11 +275,20 @@ class BlockRun:
             block: loaded; transforms already applied.
             keep_inputs: store what each group reads in the full-precision network, for the moments C and D.
             rare_experts: what is done with experts that too few tokens reach; None pools them.
+            whole_residual: count what rounding its own input does to a layer as a residual, too; else dx is only what
+                earlier layers have left.
         """
+        self._whole_residual = whole_residual
         self.streams = streams
         self.block = block
         self._kept = KeptResults(block, streams.new_store, streams.device, wide=streams.keep_wide)
-        self._experts = ExpertInputs(block, streams.new_store, rare_experts or RareExperts(), keep_inputs=keep_inputs)
+        self._experts = ExpertInputs(
+            block,
+            streams.new_store,
+            rare_experts or RareExperts(),
+            keep_inputs=keep_inputs,
+            whole_residual=whole_residual,
+        )
         self.fp_inputs = [
             streams.new_store() if keep_inputs and group.expert is None else None for group in block.groups
         ]
@@ -321,10 +343,11 @@ class BlockRun:
             MomentSums(width, cross=cross, residual=residual, device=self.streams.device) for _ in range(2)
         )
         for position, batch in enumerate(self.streams.batches):
-            x = self._called_with(group.sites[0].path, position)[0].detach()
+            before, x = read_both(*self._quantised_up_to(group.sites[0].path, position))
             x_fp = None
             if stored is not None and (cross or residual):
-                x_fp = real_tokens(stored[position].to(x.device), batch.tokens)
+                x_fp = stored[position].to(x.device).reshape(x.shape)
+                x_fp = real_tokens(x_fp if self._whole_residual else with_own_rounding(x_fp, before, x), batch.tokens)
             (held_out if batch.held_out else fit).add_(real_tokens(x, batch.tokens), x_fp)
         refuse_not_finite(group, (fit, held_out))
         return fit.means(), held_out.means() if held_out.num_tokens else None
@@ -345,22 +368,20 @@ class BlockRun:
     def _keep_experts(self, expert: Expert) -> None:
         def calls() -> Iterator[tuple[tuple[Any, ...], TokenBatch, bool]]:
             for position, batch in enumerate(self.streams.batches):
-                yield self._called_with(expert.experts, position), batch.tokens, batch.held_out
+                yield called_with(*self._quantised_up_to(expert.experts, position)), batch.tokens, batch.held_out
 
         self._experts.keep(expert.experts, calls)
 
-    def _called_with(self, path: str, position: int) -> tuple[Any, ...]:
-        """Run the block as it stands on one batch, up to a module, and return what that module is called with."""
-        hook = self.block.module.get_submodule(path).register_forward_pre_hook(stopper)
-        try:
-            hidden = self.streams.x_q[position].to(self.streams.device)
-            with self._kept.of_batch(position):
-                self.streams.adapter.run_block(self.block.index, hidden, self.streams.batches[position].inputs)
-        except InputSeen as seen:
-            return seen.arguments
-        finally:
-            hook.remove()
-        raise RuntimeError(f"{path} of {self.block.name} did not run on batch {position}")
+    def _quantised_up_to(self, path: str, position: int) -> tuple[nn.Module, Callable[[], None], str]:
+        """Return a module, what runs the block as it stands on one batch, and where that is, in words."""
+        where = f"{path} of {self.block.name} on batch {position}"
+        return self.block.module.get_submodule(path), partial(self._run_quantised, position), where
+
+    def _run_quantised(self, position: int) -> None:
+        """Run the block as it stands on one batch of the quantised network."""
+        hidden = self.streams.x_q[position].to(self.streams.device)
+        with self._kept.of_batch(position):
+            self.streams.adapter.run_block(self.block.index, hidden, self.streams.batches[position].inputs)
 
 
 def _keeping_largest(

@@ -15,6 +15,7 @@ full-precision router sends it there. So G, C and D are over the same tokens, an
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.errors import CalibrationError, ModelError, NumericsError
 from bitmend.linalg.moments import Moments, MomentSums
+from bitmend.online import rounding_put_off
 from bitmend.protocols import Need, TokenBatch
 from bitmend.routing import Expert, ExpertTokens, RareExperts, entries_by_expert
 from bitmend.sites import Block, SiteGroup
@@ -42,6 +44,35 @@ def stopper(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Stop the forward pass in front of a module; a pre-hook."""
     del module
     raise InputSeen(arguments)
+
+
+def called_with(layer: nn.Module, run: Callable[[], Any], where: str) -> tuple[Any, ...]:
+    """Run something up to the call of a layer, and return what it is called with.
+
+    Raises:
+        RuntimeError: the layer is not called; says `where`.
+    """
+    hook = layer.register_forward_pre_hook(stopper)
+    try:
+        with torch.no_grad():
+            run()
+    except InputSeen as seen:
+        return seen.arguments
+    finally:
+        hook.remove()
+    raise RuntimeError(f"{where} did not run")
+
+
+def read_both(layer: nn.Module, run: Callable[[], Any], where: str) -> tuple[Tensor, Tensor]:
+    """Run something up to the call of a layer, and return what the layer reads: before it is rounded, and as it is."""
+    with rounding_put_off(layer) as rounding:
+        before: Tensor = called_with(layer, run, where)[0].detach()
+    return before, rounding[-1].round(before) if rounding else before
+
+
+def with_own_rounding(x_fp: Tensor, before: Tensor, x: Tensor) -> Tensor:
+    """Return the input in the full-precision network, moved by what rounding has done to that of the quantised one."""
+    return x_fp if before is x else x_fp.float() + (x.float() - before.float())
 
 
 class LayerInputs:
@@ -110,9 +141,16 @@ class ExpertInputs:
     """
 
     def __init__(
-        self, block: Block, new_store: Callable[[], ActivationStore], rare: RareExperts, *, keep_inputs: bool
+        self,
+        block: Block,
+        new_store: Callable[[], ActivationStore],
+        rare: RareExperts,
+        *,
+        keep_inputs: bool,
+        whole_residual: bool = False,
     ) -> None:
         self._block, self._new_store, self._rare, self._two_streams = block, new_store, rare, keep_inputs
+        self._whole_residual = whole_residual
         groups = [(group, group.expert) for group in block.groups if group.expert is not None]
         self.paths = tuple(dict.fromkeys(expert.experts for _, expert in groups))
         self.fp_hidden = {path: new_store() for path in self.paths if keep_inputs}
@@ -188,10 +226,12 @@ class ExpertInputs:
             if not len(tokens):
                 continue
             module = self._block.module.get_submodule(expert.path)
-            x, x_fp = read_by(module, leaf, layer.hidden[position][tokens].to(device)), None
+            rows, x_fp = layer.hidden[position][tokens].to(device), None
+            before, x = read_both(module.get_submodule(leaf), partial(module, rows), group.sites[0].name)
             if cross or residual:
                 fp_rows = self.fp_hidden[expert.experts][position][tokens].to(device)
                 x_fp = fp_rows if expert.step == 0 else read_by(self._fp_experts[expert.path], leaf, fp_rows)
+                x_fp = x_fp if self._whole_residual else with_own_rounding(x_fp, before, x)
             splits[held_out].add_(x, x_fp)
         refuse_not_finite(group, splits)
         fit, held_out_sums = splits
@@ -211,16 +251,8 @@ def _copied_until(expert: nn.Module, leaf: str) -> nn.Module:
 
 def read_by(expert: nn.Module, leaf: str, rows: Tensor) -> Tensor:
     """Return what the layer `leaf` of an expert reads when the expert runs on `rows`."""
-    hook = expert.get_submodule(leaf).register_forward_pre_hook(stopper)
-    try:
-        with torch.no_grad():
-            expert(rows)
-    except InputSeen as seen:
-        read: Tensor = seen.arguments[0].detach()
-        return read
-    finally:
-        hook.remove()
-    raise RuntimeError(f"{leaf} did not run in its expert")
+    read: Tensor = called_with(expert.get_submodule(leaf), partial(expert, rows), leaf)[0].detach()
+    return read
 
 
 def refuse_not_finite(group: SiteGroup, splits: Iterable[MomentSums]) -> None:

@@ -197,7 +197,13 @@ class _Loop:
     def _both_streams(self, streams: DualStream, block: Block) -> BlockRun:
         rare = self.recipe.calibration.rare()
         with self.rounding.unrounded(block):
-            return BlockRun(streams, block, keep_inputs=self.keep_inputs, rare_experts=rare)
+            return BlockRun(
+                streams,
+                block,
+                keep_inputs=self.keep_inputs,
+                rare_experts=rare,
+                whole_residual=self.recipe.calibration.residual == "whole",
+            )
 
     def replay_block(self, finished: QuantisedBlock, index: int, streams: DualStream) -> None:
         """Take both streams through a finished block, by the very steps of `run_block` that they went through it before.

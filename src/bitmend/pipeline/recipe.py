@@ -169,6 +169,9 @@ class CalibrationSection(_Section):
     two_streams: bool = (
         False  # measure every error against the full-precision network, also where no method asks for it
     )
+    # What counts as the residual that gptaq, marr and others repair: what earlier layers have left in a layer's input, or
+    # also what rounding that input does to it, where activations are rounded.
+    residual: Literal["inherited", "whole"] = "whole"
     refit: bool = True  # fit again on all rows once a candidate has been accepted on the held-out ones
     # Of mixtures of experts: what is done with a matrix that fewer tokens of the fit split reach (or none of the held-out
     # split): measured on all tokens of its layer, rounded to nearest, or the run refused. None stands for pool, and for as
