@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.bitmend-installed
 INSTALLED_DEV := $(VENV)/.bitmend-installed-dev
 
 # Two test processes of one thread each: the models are so small that more threads only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 comma := ,
 

@@ -29,6 +29,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 torch.set_num_threads(1)
 
 VOCABULARY = 61
+LONG = ("test_readme.py", "test_examples.py", "test_demo.py")  # minutes each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that none of them is what all processes wait for in the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def load_families() -> Any:
