@@ -150,7 +150,7 @@ class ActivationSpec:
             scale = self._kept(self._largest(values) * (self.clip_ratio / self._grid.max_code))
             groups = values.float().unsqueeze(-2)
             # What is not finite would end at the end of the grid, unseen.
-            levels = self._grid.nearest_levels(groups, scale.unsqueeze(-1), None) + groups * 0
+            levels = self._grid.nearest_levels(groups, scale.unsqueeze(-1), None).add_(groups, alpha=0)
             return levels, scale.unsqueeze(-1).expand(*groups.shape[:-1], 1), None
         size = width if self.group_size == -1 else self.group_size
         grid = self._grid
