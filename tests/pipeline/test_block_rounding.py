@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bitmend.calibrate.data import Split, load_calibration
-from bitmend.errors import RecipeError
+from bitmend.errors import CheckpointError, NumericsError, RecipeError, RequestError
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.pipeline import block_rounding as module
 from bitmend.pipeline.recipe import parse_recipe
@@ -136,6 +136,60 @@ def test_a_range_of_what_never_comes_is_not_invented(run_tiny, tmp_path, monkeyp
     manifest = manifest_of(tmp_path / "out")
     assert manifest.inputs["model.layers.0.mlp.down_proj"].activations.ranges is None
     assert manifest.inputs["model.layers.0.mlp.up_proj"].activations.ranges is not None
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        STATIC,
+        STATIC_KV,
+        {"activations.clip_ratio": "search"},
+        {"kv_cache.clip_ratio": "search"},
+        {"prefix.max_tokens": 2},
+    ],
+    ids=str,
+)
+def test_what_is_to_be_found_needs_rows(run_tiny, tmp_path, keys):
+    with pytest.raises(RequestError, match="needs calibration data, but none came"):
+        run_tiny(recipe="rtn", keys={**W8, **keys}, calibration=())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_group_of_which_only_some_layers_round_is_measured_on_what_these_read(run_tiny, tmp_path):
+    """q is left as it is, and comes first: the moments of k and v are of rounded inputs all the same."""
+    skip = {"overrides": [{"targets": ["re:.*q_proj"], "skip": True}]}
+    errors = {}
+    for name, activations in (("plain", {}), ("rounded", {"activations.bits": 2})):
+        report = run_tiny(name, keys={**W8, **skip, **activations, "calibration.two_streams": True})
+        sites = {site.name: site for site in report.blocks[0].sites}
+        errors[name] = sites["model.layers.0.self_attn.k_proj"].fit_error
+    # With two streams the error is against the full-precision network, so that it holds the rounding of the input.
+    assert errors["rounded"] > 100 * errors["plain"]
+
+
+def test_rows_that_are_not_finite_have_no_range(run_tiny, monkeypatch):
+    original = module._Largest._take
+    monkeypatch.setattr(
+        module._Largest, "_take", lambda one, quantiser, found: original(one, quantiser, found * torch.inf)
+    )
+    with pytest.raises(NumericsError, match=r"what model\.layers\.0\.self_attn\.q_proj reads must be finite"):
+        run_tiny(keys={**W8, **STATIC})
+
+
+def test_a_folder_with_other_ranges_than_heads_is_refused(run_tiny, tmp_path):
+    run_tiny(keys={**W8, **STATIC, **STATIC_KV})
+    path = tmp_path / "out" / "config.json"
+    written = path.read_text()
+    for section, name, place in (
+        ("attentions", "model.layers.0.self_attn", "keys"),
+        ("inputs", "model.layers.0.mlp.up_proj", "activations"),
+    ):
+        config = json.loads(written)
+        config["quantization_config"][section][name][place]["ranges"] = [1.0] * 3
+        del config["quantization_config"]["seal"]
+        path.write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=f"rounds by 3 ranges at {name}"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_experts_have_ranges_of_their_own(run_tiny, tiny, tmp_path):

@@ -320,8 +320,8 @@ def test_sizes_and_times_in_words():
         ({"transforms": [{"name": "quarot"}]}, 3 * 4),  # reads no rows; the guard runs four held-out rows thrice
         ({"transforms": [{"name": "smooth"}, {"name": "quarot"}]}, 12 + 2 * 3 * 4),
         ({"activations": {"static": True}}, 12),
-        ({"activations": {"clip_ratio": "search"}}, 5 * 9 * 8),
-        ({"kv_cache": {"clip_ratio": "search", "static": True, "symmetric": True}}, 12 + 2 * 9 * 8),
+        ({"activations": {"clip_ratio": "search"}}, 5 * 9 * 12),  # whole batches
+        ({"kv_cache": {"clip_ratio": "search", "static": True, "symmetric": True}}, 12 + 2 * 9 * 12),
         ({"prefix": {}}, 12),
         ({"prefix": {"tokens": [1]}}, 0),
     ],

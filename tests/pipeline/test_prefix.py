@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from bitmend.errors import CheckpointError, ModelError, RecipeError, RequestError
 from bitmend.formats.ledger import ledger
@@ -80,6 +80,26 @@ def test_caches_and_padding_know_nothing_of_it(run_tiny, tmp_path, keys):
     assert torch.allclose(got, logits(model, IDS[:1, :5]), atol=1e-5)
 
 
+@pytest.mark.parametrize("keys", [{}, {"attention.probability_bits": 8}], ids=str)
+def test_a_cache_of_fixed_length(run_tiny, tmp_path, keys):
+    """It has room for more tokens than have come, which nobody may look at."""
+    run_tiny(keys={**W8, **PREFIX, **keys})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    cache = dict.fromkeys(cache_name(model), StaticCache(config=model.config, max_cache_len=32))
+    parts = [logits(model, IDS[:, start:stop], **cache) for start, stop in ((0, 7), (7, 8), (8, 20))]
+    assert torch.isclose(torch.cat(parts, 1), logits(model), atol=1e-4).float().mean() > 0.95
+
+
+def test_a_run_without_rows_goes_on_with_the_prefix(run_tiny, interrupted, tiny, tmp_path):
+    folder = tiny.save(tmp_path / "model", tiny.build("llama", num_hidden_layers=3))
+    request = {"model": folder, "recipe": "rtn", "keys": {**W8, **PREFIX}, "calibration": ()}
+    run_tiny("whole", **request)
+    interrupted(16, "out", **request)  # the third block has begun
+    run_tiny(resume=True, **request)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_the_folder_holds_it_and_saves_it_again(run_tiny, tmp_path):
     run_tiny(keys={**W8, **PREFIX})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -148,11 +168,6 @@ def test_a_prefix_and_a_row_must_fit_into_the_context(run_tiny, tiny, tmp_path):
         run_tiny(model=folder, keys=PREFIX)
     with pytest.raises(RequestError, match="a prefix of 14 tokens leaves nothing of the model's context of 14 tokens"):
         run_tiny(model=folder, keys={"prefix.tokens": [1] * 14})
-
-
-def test_without_rows_nothing_tells_which_tokens(run_tiny):
-    with pytest.raises(RecipeError, match=r"prefix\.tokens must name tokens where no calibration rows tell which"):
-        run_tiny(recipe="rtn", keys={"prefix.max_tokens": 2}, calibration=())
 
 
 # ------------------------------------------------------------------------------------------------ which tokens

@@ -13,7 +13,7 @@ only the held-out rows travel through it: they are what the error after each blo
 Both streams run the same kernels on the same batch shapes, so that without any rounding they stay equal bit for bit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.calibrate.experts import (
     ExpertInputs,
     called_with,
+    read_at,
     read_both,
     refuse_not_finite,
     with_own_rounding,
@@ -267,6 +268,7 @@ class BlockRun:
         keep_inputs: bool,
         rare_experts: RareExperts | None = None,
         whole_residual: bool = False,
+        rounded: Container[str] = (),
     ) -> None:
         """Run the full-precision stream through the block, whose weights must still be full precision.
 
@@ -277,8 +279,10 @@ class BlockRun:
             rare_experts: what is done with experts that too few tokens reach; None pools them.
             whole_residual: count what rounding its own input does to a layer as a residual, too; else dx is only what
                 earlier layers have left.
+            rounded: paths of the layers whose input will be rounded; where it is only for some layers of a group, the
+                group's moments are those of what these read.
         """
-        self._whole_residual = whole_residual
+        self._whole_residual, self._rounded = whole_residual, rounded
         self.streams = streams
         self.block = block
         self._kept = KeptResults(block, streams.new_store, streams.device, wide=streams.keep_wide)
@@ -288,6 +292,7 @@ class BlockRun:
             rare_experts or RareExperts(),
             keep_inputs=keep_inputs,
             whole_residual=whole_residual,
+            rounded=rounded,
         )
         self.fp_inputs = [
             streams.new_store() if keep_inputs and group.expert is None else None for group in block.groups
@@ -343,7 +348,7 @@ class BlockRun:
             MomentSums(width, cross=cross, residual=residual, device=self.streams.device) for _ in range(2)
         )
         for position, batch in enumerate(self.streams.batches):
-            before, x = read_both(*self._quantised_up_to(group.sites[0].path, position))
+            before, x = read_both(*self._quantised_up_to(read_at(group, self._rounded), position))
             x_fp = None
             if stored is not None and (cross or residual):
                 x_fp = stored[position].to(x.device).reshape(x.shape)

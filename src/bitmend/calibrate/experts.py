@@ -13,7 +13,7 @@ full-precision router sends it there. So G, C and D are over the same tokens, an
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -68,6 +68,12 @@ def read_both(layer: nn.Module, run: Callable[[], Any], where: str) -> tuple[Ten
     with rounding_put_off(layer) as rounding:
         before: Tensor = called_with(layer, run, where)[0].detach()
     return before, rounding[-1].round(before) if rounding else before
+
+
+def read_at(group: SiteGroup, rounded: Container[str]) -> str:
+    """Return the path of the first site of a group whose input will be rounded; of its first site where none will be."""
+    paths = [site.path for site in group.sites]
+    return next((path for path in paths if path in rounded), paths[0])
 
 
 def with_own_rounding(x_fp: Tensor, before: Tensor, x: Tensor) -> Tensor:
@@ -148,9 +154,10 @@ class ExpertInputs:
         *,
         keep_inputs: bool,
         whole_residual: bool = False,
+        rounded: Container[str] = (),
     ) -> None:
         self._block, self._new_store, self._rare, self._two_streams = block, new_store, rare, keep_inputs
-        self._whole_residual = whole_residual
+        self._whole_residual, self._rounded = whole_residual, rounded
         groups = [(group, group.expert) for group in block.groups if group.expert is not None]
         self.paths = tuple(dict.fromkeys(expert.experts for _, expert in groups))
         self.fp_hidden = {path: new_store() for path in self.paths if keep_inputs}
@@ -227,7 +234,8 @@ class ExpertInputs:
                 continue
             module = self._block.module.get_submodule(expert.path)
             rows, x_fp = layer.hidden[position][tokens].to(device), None
-            before, x = read_both(module.get_submodule(leaf), partial(module, rows), group.sites[0].name)
+            at = read_at(group, self._rounded)
+            before, x = read_both(self._block.module.get_submodule(at), partial(module, rows), at)
             if cross or residual:
                 fp_rows = self.fp_hidden[expert.experts][position][tokens].to(device)
                 x_fp = fp_rows if expert.step == 0 else read_by(self._fp_experts[expert.path], leaf, fp_rows)

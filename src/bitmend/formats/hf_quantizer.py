@@ -181,6 +181,7 @@ def attach_online_(model: nn.Module, manifest: Manifest) -> dict[str, str]:
         module = modules[path]
         if name in manifest.inputs:
             _check_width(name, manifest.inputs[name], _features_read(module))
+            _check_ranges(name, manifest.inputs[name].activations, 1)
             attach_input(module, manifest.inputs[name])
         if name in manifest.outputs:
             _check_width(name, InputScheme(manifest.outputs[name]), _features_given(module))
@@ -215,15 +216,29 @@ def attach_attentions_(model: PreTrainedModel, manifest: Manifest) -> dict[str, 
         for spec in (scheme.queries, scheme.keys, scheme.values):
             if spec is not None and isinstance(width, int):
                 _check_groups(name, spec, width)
+        heads = getattr(getattr(module, "config", None), "num_key_value_heads", None)
+        for spec in (scheme.keys, scheme.values):
+            _check_ranges(name, spec, heads)
         if scheme.prefix is not None:
             _hold_empty_prefix_(model, module, scheme.prefix)
         attach_attention(module, scheme)
     return found
 
 
+def _check_ranges(name: str, spec: ActivationSpec | None, heads: int | None) -> None:
+    """Refuse ranges that are neither one for all nor one for each head; `heads` where the module does not say."""
+    count = 1 if spec is None or spec.ranges is None else len(spec.ranges)
+    if count > 1 and heads is not None and count != heads:
+        raise CheckpointError(f"the checkpoint rounds by {count} ranges at {name}, which has {heads}")
+
+
 def _hold_empty_prefix_(model: PreTrainedModel, module: nn.Module, prefix: PrefixShape) -> None:
     """Make room for the keys and values that the files hold, where the module's weights are."""
-    held = next(tensor for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
+    held = next((tensor for tensors in (module.parameters(), module.buffers()) for tensor in tensors), None)
+    if held is None:
+        raise CheckpointError(
+            f"the checkpoint has a prefix at {type(module).__name__}, which holds no layers to attend with"
+        )
     tensors = [torch.empty(shape, dtype=model.dtype, device=held.device) for shape in prefix.shapes.values()]
     hold_prefix_(module, *tensors)
 

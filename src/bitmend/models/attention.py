@@ -120,10 +120,19 @@ def _mask_with_prefix(
         causal = options.get("is_causal")
         if queries == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
             return None
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        mask = seen.expand(1, 1, -1, -1)
+        mask = _causal(queries, keys, query.device).expand(1, 1, -1, -1)
     visible = 1 if mask.dtype == torch.bool else 0
     return torch.cat([mask.new_full((*mask.shape[:-1], prefix.tokens), visible), mask[..., :keys]], dim=-1)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return what a missing mask stands for: a token looks at those before it, a single one at all.
+
+    transformers leaves the mask out for several queries only where they begin at the first key, which need not be the last
+    that there is room for (a cache of fixed length).
+    """
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return seen if queries == 1 else seen.tril()
 
 
 def _one_by_one(
@@ -151,9 +160,7 @@ def _one_by_one(
         scores = softcap * torch.tanh(scores / softcap)
     causal = options.get("is_causal")
     if mask is None and (getattr(module, "is_causal", True) if causal is None else causal):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(
-            scores.shape[-1] - scores.shape[-2]
-        )
+        mask = _causal(scores.shape[-2], scores.shape[-1], scores.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     assert scheme.probabilities is not None

@@ -6,7 +6,6 @@ of the grid. What a layer then reads are the values of the grid's levels, in the
 the same products from codes and scales.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from bitmend.errors import RecipeError
 from bitmend.numerics.granularity import divisors_text
 from bitmend.numerics.uniform import UniformGrid
+
+LARGEST_RANGE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ActivationSpec:
                 "static ranges need a symmetric grid without groups; set symmetric = true and group_size = -1, or "
                 "static = false"
             )
-        if not all(0 < value < math.inf for value in self.ranges):
+        if not all(0 < value <= LARGEST_RANGE for value in self.ranges):
             raise RecipeError(f"static ranges must be positive and finite; got {self.ranges!r:.80}")
 
     def __str__(self) -> str:
@@ -149,9 +150,10 @@ class ActivationSpec:
         if self.ranges is not None:
             scale = self._kept(self._largest(values) * (self.clip_ratio / self._grid.max_code))
             groups = values.float().unsqueeze(-2)
-            # What is not finite would end at the end of the grid, unseen.
-            levels = self._grid.nearest_levels(groups, scale.unsqueeze(-1), None).add_(groups, alpha=0)
-            return levels, scale.unsqueeze(-1).expand(*groups.shape[:-1], 1), None
+            # What is not finite would end at the end of the grid, unseen; here it spoils its token, as it does elsewhere.
+            spoilt = groups.sum(-1, keepdim=True) * 0
+            levels = self._grid.nearest_levels(groups, scale.unsqueeze(-1), None).add_(spoilt)
+            return levels, scale.unsqueeze(-1) + spoilt, None
         size = width if self.group_size == -1 else self.group_size
         grid = self._grid
         groups = values.float().reshape(*values.shape[:-1], width // size, size)

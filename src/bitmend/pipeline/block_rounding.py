@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmend.calibrate.dual_stream import DualStream, real_tokens
+from bitmend.errors import NumericsError
 from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.models.attention import attach_attention, watching
 from bitmend.numerics.activations import ActivationSpec
@@ -27,7 +28,7 @@ from bitmend.pipeline.recipe import SEARCH, Recipe
 from bitmend.protocols import Event, ModelAdapter, TokenBatch
 from bitmend.sites import Block
 
-SEARCH_ROWS = 8  # of the fit split, at most
+SEARCH_ROWS = 8  # of the fit split; whole batches
 COARSE = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 FINE = 0.025  # on either side of the best coarse ratio
 USUAL_RATIOS = 9  # that a search tries, for the forecast
@@ -67,8 +68,7 @@ class BlockRounding:
     @property
     def searches(self) -> bool:
         """Whether the recipe leaves something open."""
-        sections = (self._recipe.activations, self._recipe.kv_cache)
-        return any(one is not None and (one.static or one.clip_ratio == SEARCH) for one in sections)
+        return self._recipe.leaves_open
 
     # ------------------------------------------------------------------------------------------ what is known
     def begin_(self, block: Block) -> None:
@@ -136,8 +136,11 @@ class BlockRounding:
     def find_(self, block: Block, streams: DualStream) -> list[Event]:
         """Find what the recipe leaves open, and return what the user must be told.
 
-        Cost: one pass of the fit split for static ranges; at most eleven passes of eight rows for each quantiser whose ratio
-        is searched.
+        Raises:
+            NumericsError: NaN or Inf where a range is to be found.
+
+        Cost: one pass of the fit split for static ranges; at most twelve passes of eight rows, or of one batch if that holds
+        more, for each quantiser whose ratio is searched.
         """
         self.begin_(block)
         events = self._find_ranges_(block, streams)
@@ -189,15 +192,22 @@ class BlockRounding:
         events = []
         for quantiser in quantisers:
             largest = largest_of.seen.get(quantiser)
+            if largest is not None and not bool(largest.isfinite().all()):
+                raise NumericsError(
+                    f"what {block.name}.{quantiser.paths[0]} reads must be finite, but holds NaN or Inf on the calibration "
+                    "rows; nothing was saved"
+                )
             if largest is not None and bool((largest > 0).all()):
                 self.set_(quantiser, replace(self.spec_of(quantiser), ranges=tuple(largest.tolist())))
                 continue
             # A range of zero would make zeros of whatever comes later.
             self.set_(quantiser, replace(self.spec_of(quantiser), ranges=None))
             what = "no calibration token reaches it" if largest is None else "it was zero on all calibration tokens"
+            idle = any(path in _in_experts(block) for path in quantiser.paths)  # an expert may well be idle
             for path in quantiser.paths:
                 where = f"{block.name}.{path}" + (f".{quantiser.operand}" if quantiser.operand else "")
-                events.append(Event("no_range", where, f"{what}, so each token gets a scale of its own", degrades=True))
+                message = f"{what}, so each token gets a scale of its own"
+                events.append(Event("no_range", where, message, degrades=not idle))
         return events
 
     def _search_(self, quantiser: _Quantiser, rows: "_SearchRows") -> None:
@@ -210,7 +220,9 @@ class BlockRounding:
                 errors[ratio] = rows.error()
             return errors[ratio]
 
-        error(1.0)
+        if error(1.0) == error(COARSE[0]):  # no row of the search comes by
+            self.set_(quantiser, start)
+            return
         worse = 0
         for ratio in COARSE:
             worse = worse + 1 if error(ratio) > errors[_best(errors)] else 0
@@ -221,6 +233,10 @@ class BlockRounding:
             if 0 < ratio <= 1:
                 error(ratio)
         self.set_(quantiser, replace(start, clip_ratio=_best(errors)))
+
+
+def _in_experts(block: Block) -> set[str]:
+    return {site.path for group in block.groups if group.expert is not None for site in group.sites}
 
 
 def _best(errors: Mapping[float, float]) -> float:
@@ -299,5 +315,6 @@ class _Largest:
             held = InputScheme(scheme.rotation).apply(key) if scheme and quantiser.operand == "keys" else value
             magnitudes = held.float().abs()
             if self.tokens.mask is not None:
-                magnitudes = magnitudes * self.tokens.mask.to(magnitudes)[:, None, :, None]
+                padding = ~self.tokens.mask.bool().to(magnitudes.device)
+                magnitudes = magnitudes.masked_fill(padding[:, None, :, None], 0)
             self._take(quantiser, magnitudes.amax((0, 2, 3)))

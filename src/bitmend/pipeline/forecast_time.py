@@ -76,7 +76,7 @@ def _whole_passes(facts: Facts, block: BlockShape) -> float:
 
 
 def _before_solving(facts: Facts, block: BlockShape) -> float:
-    """Seconds of what passes a block for its transforms, ranges and prefix; a run that goes on does it all again."""
+    """Seconds of what passes a block for its transforms, ranges and prefix; a run that goes on does a part of it again."""
     if block.forward is None or not facts.rows_before:
         return 0.0
     length = max(batch.length for batch in facts.batches)

@@ -208,9 +208,17 @@ def _rows_before(recipe: Recipe, batches: Sequence[BatchShape], groups: int) -> 
     for section, quantisers in ((recipe.activations, groups), (recipe.kv_cache, 2)):
         if section is not None:
             rows += fit if section.static else 0
-            rows += quantisers * USUAL_RATIOS * min(SEARCH_ROWS, fit) if section.clip_ratio == SEARCH else 0
+            rows += quantisers * USUAL_RATIOS * _taken(batches, SEARCH_ROWS) if section.clip_ratio == SEARCH else 0
     if recipe.prefix is not None and recipe.prefix.tokens is None:
-        rows += min(ROWS_LOOKED_AT, fit)
+        rows += _taken(batches, ROWS_LOOKED_AT)
+    return rows
+
+
+def _taken(batches: Sequence[BatchShape], most: int) -> int:
+    """Return how many rows of the fit split are in the whole batches that hold `most`."""
+    rows = 0
+    for batch in batches:
+        rows += batch.rows if not batch.held_out and rows < most else 0
     return rows
 
 

@@ -29,7 +29,7 @@ from bitmend.pipeline.transforming import SLACK, small_numbers_like
 from bitmend.protocols import Event, ModelAdapter, Progress, TokenBatch
 from bitmend.sites import Block
 
-ROWS_LOOKED_AT = 64  # of the fit split, for the tokens that have massive activations
+ROWS_LOOKED_AT = 64  # of the fit split, whole batches, for the tokens that have massive activations
 SMALLEST_SHARE = 0.1  # of the rows in which a token must have them
 PROOF_TOKENS = 8
 
@@ -173,7 +173,7 @@ def choose_prefix(
         directory: where activations are kept; None keeps them in memory.
         trace: a few tokens that show the structure of a block.
 
-    Cost: one pass of at most 64 rows through the full-precision network.
+    Cost: one pass of 64 rows (whole batches) through the full-precision network.
     """
     if section.tokens is not None:
         return tuple(section.tokens), Event(

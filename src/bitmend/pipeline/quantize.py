@@ -66,7 +66,8 @@ def quantise_blocks(
     Cost: per block one full-precision forward (of the held-out rows, if nothing is fitted against it), one partial
     quantised forward for each group of sites (one for all experts of a layer), one quantised forward, and the solver; before
     it all one full-precision forward where rare experts are to be refused. For each block that the journal holds one
-    full-precision and one quantised forward, unless there are no rows or no block is left.
+    full-precision and one quantised forward, unless there are no rows or no block is left. A prefix that is to be found takes
+    one full-precision forward of at most 64 rows before all else, also when a run goes on.
     """
     if recipe.changes_attention:
         adapter.prepare_attention_()
@@ -105,7 +106,7 @@ def quantise_blocks(
                 keep_wide=keep_wide,
             )
     try:
-        if journal is not None and streams is not None and first:
+        if journal is not None and first and (streams is not None or loop.prefix is not None):
             for index in progress.track(range(first), "running finished blocks again", first):
                 loop.replay_block(journal.read_block(index, device), index, streams)
                 adapter.release_block(index)
@@ -202,16 +203,20 @@ class _Loop:
                 block,
                 keep_inputs=self.keep_inputs,
                 rare_experts=rare,
-                whole_residual=self.recipe.calibration.residual == "whole",
+                whole_residual=self.recipe.calibration.residual != "inherited",
+                rounded=frozenset(self.rounding.inputs),
             )
 
-    def replay_block(self, finished: QuantisedBlock, index: int, streams: DualStream) -> None:
-        """Take both streams through a finished block, by the very steps of `run_block` that they went through it before.
+    def replay_block(self, finished: QuantisedBlock, index: int, streams: DualStream | None) -> None:
+        """Take both streams and the prefix through a finished block, by the very steps by which they went through it before.
 
         Raises:
             ResumeError: they come out differently, so that what follows would differ, too.
         """
         block, _, _ = self._open(index, streams)
+        if streams is None:
+            self._leave()
+            return
         self.rounding.found_before_(block, finished.inputs, finished.attentions)
         with self.timed("forward"):
             with self.rounding.unrounded(block):

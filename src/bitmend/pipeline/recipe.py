@@ -69,7 +69,7 @@ def _first_ratio(ratio: float | str) -> float:
     return 1.0 if isinstance(ratio, str) else ratio
 
 
-def _ranges(static: bool) -> tuple[float, ...] | None:
+def _ranges(static: bool | None) -> tuple[float, ...] | None:
     return () if static else None
 
 
@@ -80,7 +80,7 @@ class ActivationSection(_Section):
     group_size: StrictInt = -1  # -1: one scale per token
     symmetric: bool = True
     clip_ratio: ClipRatio = 1.0
-    static: bool = False  # one scale for all tokens, from the largest magnitude of the calibration rows
+    static: bool | None = None  # one scale for all tokens, from the largest magnitude of the calibration rows
 
     def spec(self) -> ActivationSpec:
         """Return the grid of these keys, ranges and ratios that are still to be found left open."""
@@ -96,7 +96,7 @@ class KvCacheSection(_Section):
     group_size: StrictInt = -1  # -1: one scale per head of a token
     symmetric: bool = False
     clip_ratio: ClipRatio = 1.0
-    static: bool = False  # one scale for all tokens of a head
+    static: bool | None = None  # one scale for all tokens of a head
     rotate: bool = True  # queries and keys, head by head, so that no feature of a key stands out
 
     def spec(self) -> ActivationSpec:
@@ -170,8 +170,9 @@ class CalibrationSection(_Section):
         False  # measure every error against the full-precision network, also where no method asks for it
     )
     # What counts as the residual that gptaq, marr and others repair: what earlier layers have left in a layer's input, or
-    # also what rounding that input does to it, where activations are rounded.
-    residual: Literal["inherited", "whole"] = "whole"
+    # also what rounding that input does to it, where activations are rounded. None stands for whole, so that recipes from
+    # before this key keep their fingerprint.
+    residual: Literal["inherited", "whole"] | None = None
     refit: bool = True  # fit again on all rows once a candidate has been accepted on the held-out ones
     # Of mixtures of experts: what is done with a matrix that fewer tokens of the fit split reach (or none of the held-out
     # split): measured on all tokens of its layer, rounded to nearest, or the run refused. None stands for pool, and for as
@@ -234,6 +235,19 @@ class Recipe(_Section):
             build_part(TRANSFORMS, {key: value for key, value in keys.items() if key != "force"})
             for keys in self.transforms
         ]
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether something in it is fitted to calibration rows, or found on them."""
+        finds_prefix = self.prefix is not None and self.prefix.tokens is None
+        reading = any(part.needs_rows for part in self.build_transforms())
+        return bool(self.build_solver().needs) or reading or self.leaves_open or finds_prefix
+
+    @property
+    def leaves_open(self) -> bool:
+        """Whether ranges or ratios are to be found."""
+        sections = (self.activations, self.kv_cache)
+        return any(one is not None and (one.static or one.clip_ratio == SEARCH) for one in sections)
 
     def forced_transforms(self) -> list[bool]:
         """Return of each transform whether it stays even where it makes a block worse."""

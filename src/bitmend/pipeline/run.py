@@ -195,7 +195,7 @@ def plan(
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     request = _Request.check(model, asked, calibration, output, None, device, trust_remote_code, True, False, False)
     wanted = request.recipe.calibration
-    if calibration or not request.recipe.build_solver().needs:
+    if calibration or not request.recipe.needs_rows:
         drawn = draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
         shapes = batch_shapes(_batches(drawn))
     else:
@@ -368,8 +368,7 @@ class _Request:
         target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
         # The writer checks again; this answer comes before the model is opened.
         check_output(folder, target, overwrite, resumable=True, resume=resume)
-        asking = bool(plan.build_solver().needs) or any(part.needs_rows for part in plan.build_transforms())
-        if needs_rows and asking and not calibration:
+        if needs_rows and plan.needs_rows and not calibration:
             raise RequestError(
                 f"the recipe {plan.name!r} needs calibration data, but none came; "
                 "pass --calibration FILE (text, .jsonl, .npy)"
