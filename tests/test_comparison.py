@@ -119,6 +119,15 @@ def test_three_recipes_on_the_same_rows(compare_tiny, tmp_path, tiny_model):
     assert found.reference["bits"] == bitmend.ledger(tiny_model).bits_per_weight_model
 
 
+def test_rows_leave_room_for_a_prefix(compare_tiny, tiny, tmp_path):
+    """Rows as long as the context would refuse the second recipe."""
+    model = tiny.save(tmp_path / "model", tiny.build("llama", max_position_embeddings=16))
+    keys = {"calibration.sequence_length": None}
+    found = compare_tiny("rtn", "front=rtn:prefix.tokens=[1,2]", model=model, keys=keys)
+    assert [(entry.label, entry.error) for entry in found.entries] == [("rtn", None), ("front", None)]
+    assert found.calibration["longest_sequence"] == 14
+
+
 def test_scores_are_those_of_evaluate(compare_tiny, tmp_path, tiny_model, eval_text, monkeypatch):
     monkeypatch.setenv("BITMEND_CACHE", str(tmp_path / "cache"))
     found = compare_tiny("rtn,gptq")

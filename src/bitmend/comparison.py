@@ -97,7 +97,9 @@ def compare(
     _check_output(target, folder, resume, overwrite)
     adapter = find_adapter(folder, device=place)
     _check_texts(adapter, str(model), texts, windows, window_length)
-    rows = draw_calibration(plans[0].recipe, adapter, calibration, shown)
+    # Their calibration keys agree; rows are as short as the longest prefix that one of them may put in front needs them.
+    longest = max(plans, key=lambda plan: 0 if plan.recipe.prefix is None else plan.recipe.prefix.most_tokens)
+    rows = draw_calibration(longest.recipe, adapter, calibration, shown)
     assert rows is not None  # there are sources
     comparison = Comparison(
         model=str(model),
