@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from bitmend.calibrate.data import Split, load_calibration
 from bitmend.errors import CheckpointError, ModelError, RecipeError, RequestError
 from bitmend.formats.ledger import ledger
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.models.tokenizer import load_tokenizer
 from bitmend.online import PrefixShape
 from bitmend.pipeline.prefix import Prefix, choose_prefix, first_token_of
 from bitmend.pipeline.quantize import trace_batch
@@ -240,3 +242,40 @@ def test_a_folder_that_says_something_else_is_refused(run_tiny, tmp_path, change
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_everything_at_once_as_in_the_recipe(run_tiny, interrupted, tiny_model, tiny_text, tiny, tmp_path):
+    """Static ranges, searched ratios, a cache, rotations and a prefix: what is solved for is what runs, also gone on with."""
+    keys = {
+        **PREFIX,
+        "weights.bits": 8,
+        "weights.group_size": -1,
+        "activations": {"bits": 6, "static": True, "clip_ratio": "search"},
+        "kv_cache": {"bits": 6, "symmetric": True, "static": True, "clip_ratio": "search"},
+        "transforms": [{"name": "smooth", "force": True}, {"name": "quarot", "force": True}],
+    }
+    report = run_tiny("whole", keys=keys)
+    interrupted(9, "out", keys=keys)
+    run_tiny(keys=keys, resume=True)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    model, original = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny.build("llama")
+    rows = load_calibration(
+        [tiny_text], load_tokenizer(tiny_model), sequences=8, sequence_length=12, held_out=0.25, seed=0
+    )
+    splits = zip(rows.batches(1), rows.split_of_batch(1), strict=True)
+    held_out = torch.cat([row.ids for row, split in splits if split is Split.HELD_OUT])
+    wanted = behind(original, held_out)
+    error = float((logits(model, held_out) - wanted).square().sum() / wanted.square().sum())
+    assert error < 10 * report.blocks[-1].relative_error < 0.1
+    assert error < 0.5 * float((logits(original, held_out) - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_sixteen_bits(run_tiny, tiny, tmp_path, dtype):
+    folder = tiny.save(tmp_path / "model", tiny.build("llama", dtype))
+    run_tiny(model=folder, keys={**W8, **PREFIX, "activations.bits": 8, "activations.static": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.model.layers[0].self_attn.prefix_key.dtype == dtype
+    wanted = behind(tiny.build("llama").float())
+    assert float((logits(model).float() - wanted).norm() / wanted.norm()) < 0.1
