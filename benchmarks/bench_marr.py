@@ -64,6 +64,8 @@ def run(options, method, draw):
     keys = {"weights.bits": options.bits, "weights.group_size": options.group_size, "calibration.seed": draw}
     keys |= {"calibration.sequences": options.sequences, "calibration.sequence_length": options.length}
     keys |= {"calibration.held_out": options.held_out, "calibration.two_streams": True, **extra}
+    if options.residual is not None:
+        keys["calibration.residual"] = options.residual
     keys["transforms"] = [{"name": name} for name in options.transforms]
     if options.activation_bits is not None:
         keys |= {"activations.bits": options.activation_bits, "activations.clip_ratio": options.clip_ratio}
@@ -164,6 +166,7 @@ def main():
     parser.add_argument("--kv-bits", type=int)
     parser.add_argument("--kv-clip-ratio", type=float, default=1.0)
     parser.add_argument("--kv-plain", action="store_true", help="without rotating queries and keys")
+    parser.add_argument("--residual", choices=["whole", "inherited"], help="what counts as the residual")
     parser.add_argument("--windows", type=int, default=160)
     parser.add_argument("--texts", nargs="+", default=["books-validation"])
     parser.add_argument("--methods", nargs="*", default=list(METHODS))

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import random
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,21 +31,9 @@ torch.set_num_threads(1)
 VOCABULARY = 61
 LONG = ("test_readme.py", "test_examples.py", "test_demo.py")  # minutes each
 
-# Combinations that `make test-slow` runs: each has a like that stays in `make test`.
-LEFT_TO_SLOW = re.compile(
-    r"test_transform\.py::test_transform\[(?!llama-|qwen2-moe-|gpt2-).*duquant|test_other_experts_go_through"
-    r"|test_every_solver_and_family\[(?!marr-qwen2-moe)|test_killed_in_the_middle_of_a_write\[0\.5"
-    r"|test_a_run_killed_after_any_site_ends_in_the_same_files\[(2|3|5|6|8|9|10|12|13)\]|test_it_changes_no_bit\[True"
-    r"|test_forged_records_are_refused_or_not_believed\[parts"
-)
 
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest tests, so that none of them is what all processes wait for in the end."""
-    for item in items:
-        if LEFT_TO_SLOW.search(item.nodeid):
-            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in LONG)
 
 

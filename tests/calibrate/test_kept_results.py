@@ -70,7 +70,11 @@ def computed(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ nothing changes
 @pytest.mark.parametrize(
-    ("on_disk", "keep_wide"), [pytest.param(False, False, marks=pytest.mark.slow), (True, False), (False, True)]
+    ("on_disk", "keep_wide"),
+    [
+        (True, True),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((False, False), (True, False), (False, True))),
+    ],
 )
 def test_it_changes_no_bit(tiny, opened, monkeypatch, tmp_path, on_disk, keep_wide, subtests):
     for family in (*tiny.families, *tiny.expert_families):

@@ -270,7 +270,9 @@ def test_experts_of_one_scheme_go_through_transformers_own_reader(quantised, hel
     assert ledger(tmp_path / "export").bits["codes"] == ledger(made.output).bits["codes"]
 
 
-@pytest.mark.parametrize("change", ["zero points", "another scheme", "unquantised"])
+@pytest.mark.parametrize(
+    "change", ["zero points", *(pytest.param(one, marks=pytest.mark.slow) for one in ("another scheme", "unquantised"))]
+)
 def test_other_experts_go_through_the_decompressor(quantised, helpers, tmp_path, change):
     spec = helpers.spec(4, change != "zero points", 16, scale_dtype=HALF)
     other = {"another scheme": helpers.spec(8, True, 16, scale_dtype=HALF), "unquantised": None}.get(change, spec)

@@ -265,6 +265,11 @@ def test_ranges_and_a_prefix_survive_json_in_a_version_of_their_own():
         config = json.loads(json.dumps(found.to_json()))
         assert config["format_version"] == 4
         assert Manifest.from_json(config) == found
+        del config["seal"]
+        with pytest.raises(
+            CheckpointError, match="has format_version 3, but holds ranges or a prefix, which came with 4"
+        ):
+            Manifest.from_json({**config, "format_version": 3})
     with pytest.raises(RequestError, match="static ranges must be found before they are stored"):
         Manifest({}, inputs={"b": InputScheme(activations=replace(static, ranges=()))}).to_json()
 

@@ -47,3 +47,18 @@ def interrupted(run_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
                 run_tiny(output=output, **request)
 
     return start
+
+
+@pytest.fixture
+def ends_alike(run_tiny: Any, interrupted: Any, tmp_path: Path) -> Any:
+    """Return a function that stops a run after its k-th site, goes on, and compares the files with those of a whole run."""
+
+    def compare(k, *, whole="whole", output="out", **request):
+        if not (tmp_path / whole).exists():
+            run_tiny(whole, **request)
+        interrupted(k, output, **request)
+        run_tiny(output, resume=True, **request)
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / output / name).read_bytes() == (tmp_path / whole / name).read_bytes(), name
+
+    return compare

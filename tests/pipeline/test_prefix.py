@@ -92,14 +92,10 @@ def test_a_cache_of_fixed_length(run_tiny, tmp_path, keys):
     assert torch.isclose(torch.cat(parts, 1), logits(model), atol=1e-4).float().mean() > 0.95
 
 
-def test_a_run_without_rows_goes_on_with_the_prefix(run_tiny, interrupted, tiny, tmp_path):
+def test_a_run_without_rows_goes_on_with_the_prefix(ends_alike, tiny, tmp_path):
     folder = tiny.save(tmp_path / "model", tiny.build("llama", num_hidden_layers=3))
-    request = {"model": folder, "recipe": "rtn", "keys": {**W8, **PREFIX}, "calibration": ()}
-    run_tiny("whole", **request)
-    interrupted(16, "out", **request)  # the third block has begun
-    run_tiny(resume=True, **request)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # After 16 sites the third block has begun.
+    ends_alike(16, model=folder, recipe="rtn", keys={**W8, **PREFIX}, calibration=())
 
 
 def test_the_folder_holds_it_and_saves_it_again(run_tiny, tmp_path):
@@ -116,14 +112,10 @@ def test_the_folder_holds_it_and_saves_it_again(run_tiny, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
 
 
-def test_resume_is_bit_identical(run_tiny, interrupted, tmp_path):
+def test_resume_is_bit_identical(ends_alike):
     keys = {**PREFIX, "weights.bits": 3, "activations.bits": 4, "transforms": [{"name": "quarot", "force": True}]}
-    run_tiny("whole", keys=keys)
     for k in (3, 9):
-        interrupted(k, f"out{k}", keys=keys)
-        run_tiny(f"out{k}", keys=keys, resume=True)
-        for name in ("model.safetensors", "config.json"):
-            assert (tmp_path / f"out{k}" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        ends_alike(k, output=f"out{k}", keys=keys)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -231,6 +223,8 @@ def test_the_first_token_is_that_of_the_config(tiny_model):
         (lambda prefix: prefix.update(heads=True), "to be of type int"),
         (lambda prefix: prefix.pop("heads"), "must say tokens, heads, key_width, value_width of a prefix"),
         (lambda prefix: prefix.update(tokens=2), "has the shape"),
+        (lambda prefix: prefix.update(heads=1), "a prefix of 1 heads at model.layers.0.self_attn, which has 2"),
+        (lambda prefix: prefix.update(key_width=8), "a prefix of 8 features of a key at .*, which has 4"),
     ],
 )
 def test_a_folder_that_says_something_else_is_refused(run_tiny, tmp_path, change, message):
@@ -244,7 +238,7 @@ def test_a_folder_that_says_something_else_is_refused(run_tiny, tmp_path, change
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_everything_at_once_as_in_the_recipe(run_tiny, interrupted, tiny_model, tiny_text, tiny, tmp_path):
+def test_everything_at_once_as_in_the_recipe(run_tiny, ends_alike, tiny_model, tiny_text, tiny, tmp_path):
     """Static ranges, searched ratios, a cache, rotations and a prefix: what is solved for is what runs, also gone on with."""
     keys = {
         **PREFIX,
@@ -255,10 +249,7 @@ def test_everything_at_once_as_in_the_recipe(run_tiny, interrupted, tiny_model, 
         "transforms": [{"name": "smooth", "force": True}, {"name": "quarot", "force": True}],
     }
     report = run_tiny("whole", keys=keys)
-    interrupted(9, "out", keys=keys)
-    run_tiny(keys=keys, resume=True)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    ends_alike(9, keys=keys)
     model, original = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny.build("llama")
     rows = load_calibration(
         [tiny_text], load_tokenizer(tiny_model), sequences=8, sequence_length=12, held_out=0.25, seed=0

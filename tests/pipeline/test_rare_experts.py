@@ -75,7 +75,16 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "family"), [*PAIRS, ("marr", "gpt-oss"), ("marr", "mixtral")])
+QUICK = [("gptq", "mixtral"), ("marr", "qwen2-moe")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
+        for pair in (*PAIRS, ("marr", "gpt-oss"), ("marr", "mixtral"))
+    ],
+)
 def test_every_solver_and_family(tiny, source, run_tiny, tmp_path, recipe, family):
     folder = source(family)
     report = run_tiny("out", model=folder, recipe=recipe)

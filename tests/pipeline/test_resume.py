@@ -137,7 +137,12 @@ class Said(SilentProgress):
 
 
 # ------------------------------------------------------------------------------------------------ bit for bit
-@pytest.mark.parametrize("k", range(1, NUM_SITES + 1))
+QUICK_SITES = (1, 4, 7, 11, NUM_SITES)  # the first, inside a group, the last of a block, inside the next, the last
+
+
+@pytest.mark.parametrize(
+    "k", [pytest.param(k, marks=[] if k in QUICK_SITES else pytest.mark.slow) for k in range(1, NUM_SITES + 1)]
+)
 def test_a_run_killed_after_any_site_ends_in_the_same_files(run_tiny, whole, stopped, tmp_path, k):
     stopped(k)
     assert not (tmp_path / "out").exists()
@@ -249,7 +254,7 @@ def test_killed_around_a_write(run_tiny, kill_at, tmp_path, place, name, before)
 
 
 @pytest.mark.parametrize("k", [1, 2, 6, 10, 17])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 0.99])
 def test_killed_in_the_middle_of_a_write(run_tiny, tmp_path, monkeypatch, k, share):
     """The k-th file gets a part of its bytes and no more: what a full page cache and SIGKILL leave."""
     request = {"recipe": "rtn", "calibration": []}

@@ -220,6 +220,7 @@ def attach_attentions_(model: PreTrainedModel, manifest: Manifest) -> dict[str, 
         for spec in (scheme.keys, scheme.values):
             _check_ranges(name, spec, heads)
         if scheme.prefix is not None:
+            _check_prefix(name, scheme.prefix, heads, width)
             _hold_empty_prefix_(model, module, scheme.prefix)
         attach_attention(module, scheme)
     return found
@@ -230,6 +231,13 @@ def _check_ranges(name: str, spec: ActivationSpec | None, heads: int | None) -> 
     count = 1 if spec is None or spec.ranges is None else len(spec.ranges)
     if count > 1 and heads is not None and count != heads:
         raise CheckpointError(f"the checkpoint rounds by {count} ranges at {name}, which has {heads}")
+
+
+def _check_prefix(name: str, prefix: PrefixShape, heads: Any, width: Any) -> None:
+    """Refuse a prefix of other heads than the module has; None where the module does not say."""
+    for what, found, wanted in (("heads", prefix.heads, heads), ("features of a key", prefix.key_width, width)):
+        if isinstance(wanted, int) and found != wanted:
+            raise CheckpointError(f"the checkpoint has a prefix of {found} {what} at {name}, which has {wanted}")
 
 
 def _hold_empty_prefix_(model: PreTrainedModel, module: nn.Module, prefix: PrefixShape) -> None:

@@ -200,9 +200,19 @@ class Manifest:
                     )
                 outputs[name] = one.rotation
         if version >= VERSION_WITH_ATTENTION:
-            found = _get(config, "attentions", dict)
-            attentions = {name: attention_from_json(name, one) for name, one in found.items()}
-        return cls(modules, tied, _get(config, "provenance", dict), files, inputs, outputs, attentions)
+            tables = _get(config, "attentions", dict)
+            attentions = {name: attention_from_json(name, one) for name, one in tables.items()}
+        found = cls(modules, tied, _get(config, "provenance", dict), files, inputs, outputs, attentions)
+        found._refuse_older_version(version)
+        return found
+
+    def _refuse_older_version(self, version: int) -> None:
+        """Refuse a version that does not know what was read."""
+        if self._version(shares=False) > version:
+            raise CheckpointError(
+                f"quantization_config has format_version {version}, but holds ranges or a prefix, which came with "
+                f"{VERSION_WITH_RANGES}; copy config.json again"
+            )
 
     def with_files(self, files: Mapping[str, str]) -> "Manifest":
         """Return the same manifest with other checksums."""

@@ -32,14 +32,27 @@ def folders(tiny, tmp_path_factory):
     return folder
 
 
+# Transforms that take seconds a block: on one family of a kind in `make test`, on all in `make test-slow`.
+SLOW = {"duquant"}
+OF_EACH_KIND = {"llama", "gpt2", "qwen2-moe"}
+
+
 def pytest_generate_tests(metafunc):
     if "any_family" in metafunc.fixturenames:
         tiny = __import__("sys").modules["bitmend_test_families"]
-        metafunc.parametrize("any_family", [*tiny.FAMILIES, *tiny.EXPERT_FAMILIES])
+        cases = [
+            pytest.param(
+                entry.name,
+                family,
+                marks=[pytest.mark.slow] if entry.name in SLOW and family not in OF_EACH_KIND else [],
+            )
+            for entry in TRANSFORMS
+            for family in (*tiny.FAMILIES, *tiny.EXPERT_FAMILIES)
+        ]
+        metafunc.parametrize(("name", "any_family"), cases)
 
 
 @pytest.mark.parametrize("law", TRANSFORM_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("name", [entry.name for entry in TRANSFORMS])
 def test_transform(folders, name, law, any_family):
     def opened():
         return HfCausalLm.open(folders(any_family), dtype=torch.float64)
