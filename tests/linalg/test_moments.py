@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from bitmend.linalg import moments as module
-from bitmend.linalg.moments import MomentSums, OutputMeter, merge
+from bitmend.linalg.moments import MomentSums, merge, relative_errors
 from bitmend.testing.reference.brute_force import direct_objective
 from bitmend.testing.reference.brute_force import moments as reference_moments
 
@@ -59,20 +59,29 @@ def test_without_the_full_precision_stream_the_error_is_that_of_one_stream():
 
 
 @pytest.mark.parametrize("two_streams", [True, False])
-def test_the_meter_gives_the_error_on_tokens(two_streams):
+def test_relative_errors_are_those_on_tokens(two_streams):
     total = sums(cross=two_streams, residual=two_streams)
     total.add_(X, X_FP if two_streams else None)
     W = torch.randn(4, 5, generator=GENERATOR)
-    meter = OutputMeter(W, total.means())
     energy = float((X.double() @ W.double().T).square().sum(1).mean())
-    assert meter.energy == pytest.approx(energy, rel=1e-6)
-    for step in (1.0, 1e-2, 1e-4):
-        Q = W + step * torch.randn(4, 5, generator=GENERATOR)
+    forms = [W + step * torch.randn(4, 5, generator=GENERATOR) for step in (1.0, 1e-2, 1e-4)]
+    found = relative_errors(W, forms, total.means())
+    for error, Q in zip(found, forms, strict=True):
         expected = direct_objective(W.numpy(), Q.numpy(), X.numpy(), X_FP.numpy() if two_streams else X.numpy())
-        assert meter.relative_error(Q) == pytest.approx(expected / energy, rel=1e-5)
+        assert error == pytest.approx(expected / energy, rel=1e-5)
 
 
-def test_the_meter_counts_in_float64_what_float32_would_blur():
+def test_panels_do_not_change_the_errors(monkeypatch):
+    total = sums()
+    total.add_(X, X_FP)
+    W, means = torch.randn(4, 5, generator=GENERATOR), total.means()
+    forms = [W + 1, W - 0.3 * torch.randn(4, 5, generator=GENERATOR)]
+    expected = relative_errors(W, forms, means)
+    monkeypatch.setattr(module, "QUADRATIC_PANEL", 2)
+    assert relative_errors(W, forms, means) == pytest.approx(expected, rel=1e-5)
+
+
+def test_relative_errors_are_in_float64_what_float32_would_blur():
     # One direction has all the energy but for a millionth, and the error lies across it.
     inputs = torch.randn(500, 1, generator=GENERATOR) * torch.ones(1, 8) + 1e-3 * torch.randn(
         500, 8, generator=GENERATOR
@@ -82,14 +91,13 @@ def test_the_meter_counts_in_float64_what_float32_would_blur():
     W, across = torch.ones(1, 8), torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0]])
     means = total.means()
     exact = means.output_error(W, W + across) / means.output_energy(W)
-    assert OutputMeter(W, means).relative_error(W + across) == pytest.approx(exact, rel=1e-9)
+    assert relative_errors(W, [W + across], means) == [pytest.approx(exact, rel=1e-9)]
 
 
-def test_the_meter_of_a_silent_layer():
+def test_relative_error_of_a_silent_layer():
     total = sums(cross=False, residual=False)
     total.add_(torch.zeros(3, 5), None)
-    meter = OutputMeter(torch.ones(1, 5), total.means())
-    assert meter.relative_error(torch.zeros(1, 5)) == 0.0
+    assert relative_errors(torch.ones(1, 5), [torch.zeros(1, 5)], total.means()) == [0.0]
 
 
 def test_merging_two_parts_gives_the_moments_of_all_tokens():

@@ -88,7 +88,7 @@ def test_a_tiny_model_by_hand():
     }  # fmt: skip
     assert stage(made, "solving a site", 1).host == {
         **ALWAYS, **weights, **solved, **stores, "moments": 2 * square, "factors": square, "codes of candidates": 1024,
-        "weight in float32": 4 * 1024, "codes": 1024, "solver or proof": 4 * 4 * 1024 + square / 2,
+        "weight in float32": 4 * 1024, "codes": 1024, "solver or proof": 6 * 4 * 1024 + 4 * 64 * 64,
     }  # fmt: skip
     assert stage(made, "quantised forward").host == {
         **ALWAYS, **weights, "codes of solved sites": 1536, "forward of a batch": 2000, **streams,

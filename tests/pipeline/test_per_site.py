@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bitmend.errors import FactorizationError, NumericsError
-from bitmend.linalg.moments import Moments, MomentSums, OutputMeter, merge
+from bitmend.linalg.moments import Moments, MomentSums, merge, relative_errors
 from bitmend.numerics.granularity import PerChannel
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.numerics.uniform import UniformGrid
@@ -76,7 +76,7 @@ def solve(solver, block, rows, *, refit=True, names=PATHS):
 
 
 def relative_error(this, qtensor, moments):
-    return OutputMeter(this.weight, moments).relative_error(qtensor.dequantize())
+    return relative_errors(this.weight, [qtensor.dequantize()], moments)[0]
 
 
 def problem(block, path="q"):

@@ -12,7 +12,7 @@ They are sufficient for every closed-form objective of a linear layer: with W th
 Products are taken in float32 a chunk of tokens at a time, sums are kept in float64.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ class Moments:
     def output_error(self, weight: Float[Tensor, "out in"], quantised: Float[Tensor, "out in"]) -> float:
         """Return the mean over tokens of ||Q x - W x~||^2, with x~ = x when C or D are unknown.
 
-        Cost: one (out, in) x (in, in) product in float64 for each known moment; `OutputMeter` does it in float32.
+        Cost: one (out, in) x (in, in) product in float64 for each known moment; `relative_errors` does it in float32.
         """
         W = weight.double()
         E = quantised.double() - W
@@ -86,42 +86,31 @@ class Moments:
         return float(torch.sum((W @ self.G) * W))
 
 
-class OutputMeter:
-    """Measures what rounding one weight does to its output on fixed moments; what does not depend on the codes, once.
+def relative_errors(
+    weight: Float[Tensor, "out in"], quantised: Sequence[Float[Tensor, "out in"]], moments: Moments
+) -> list[float]:
+    """Return for each quantised form Q of a weight W the mean over tokens of ||Q x - W x~||^2 over that of ||W x||^2.
 
-    Attributes:
-        energy: mean over tokens of ||W x||^2.
+    x~ = x when C or D are unknown. Products are taken in float32 and their parts summed in float64; an error so small that
+    float32 would blur it is computed again in float64. A silent layer (no energy) has the error 0, or infinity.
 
-    Cost: half an (out, in) x (in, in) product for G, one for C and half for D; half for each measurement, because G and D are
-    symmetric. Products are taken in float32 and their parts summed in float64.
+    Cost: half an (out, in) x (in, in) product for each Q and for W, because G is symmetric; one for C and half for D.
     """
-
-    def __init__(self, weight: Float[Tensor, "out in"], moments: Moments) -> None:
-        self._weight, self._moments = weight, moments
-        self.energy = _quadratic(weight, moments.G)
-        self._pull: Tensor | None = None
-        self._constant = 0.0
-        if moments.C is not None and moments.D is not None:
-            self._pull = product_for_sums(weight, moments.C.T)
-            self._constant = _quadratic(weight, moments.D)
-
-    def relative_error(self, quantised: Float[Tensor, "out in"]) -> float:
-        """Return the mean over tokens of ||Q x - W x~||^2 over the energy, x~ = x when C or D are unknown.
-
-        Where it is so small that float32 would blur it, it is computed again in float64.
-        """
-        E = quantised - self._weight
-        error = _quadratic(E, self._moments.G) + self._constant
-        if self._pull is not None:
-            error -= 2 * _inner(self._pull, E)
-        if error <= BLURRED * self.energy:
-            error = self._moments.output_error(self._weight, quantised)
-        if self.energy == 0:
-            return 0.0 if error == 0 else float("inf")
-        return error / self.energy
+    differences = [Q - weight for Q in quantised]
+    energy, *errors = _quadratics([weight, *differences], moments.G)
+    if moments.C is not None and moments.D is not None:
+        pull = product_for_sums(weight, moments.C.T)
+        (constant,) = _quadratics([weight], moments.D)
+        errors = [error + constant - 2 * _inner(pull, E) for error, E in zip(errors, differences, strict=True)]
+    del differences
+    found = []
+    for error, Q in zip(errors, quantised, strict=True):
+        exact = moments.output_error(weight, Q) if error <= BLURRED * energy else error
+        found.append(exact / energy if energy else 0.0 if exact == 0 else float("inf"))
+    return found
 
 
-def product_for_sums(left: Float[Tensor, "out in"], right: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
+def product_for_sums(left: Float[Tensor, "out in"], right: Float[Tensor, "other in"]) -> Float[Tensor, "out other"]:
     """Return `left right^T`, taken in float32, to be summed in float64.
 
     Such a sum is exact to about 1e-6 of itself, unless a few directions of the input have nearly all the energy: with
@@ -130,16 +119,17 @@ def product_for_sums(left: Float[Tensor, "out in"], right: Float[Tensor, "in in"
     return linear(left.float(), right.float())
 
 
-def _quadratic(E: Float[Tensor, "out in"], G: Float[Tensor, "in in"]) -> float:
-    """Return tr(E G E^T) for a symmetric G, from what is on and above its diagonal."""
-    total = 0.0
+def _quadratics(matrices: Sequence[Float[Tensor, "out in"]], G: Float[Tensor, "in in"]) -> list[float]:
+    """Return tr(E G E^T) of each E for a symmetric G, from what is on and below its diagonal."""
+    totals = [0.0] * len(matrices)
     for start in range(0, len(G), QUADRATIC_PANEL):
-        rows, later = slice(start, start + QUADRATIC_PANEL), slice(start + QUADRATIC_PANEL, None)
-        product = product_for_sums(E[:, rows], G[rows, start:].T)
-        total += _inner(product[:, :QUADRATIC_PANEL], E[:, rows]) + 2 * _inner(
-            product[:, QUADRATIC_PANEL:], E[:, later]
-        )
-    return total
+        columns, later = slice(start, start + QUADRATIC_PANEL), slice(start + QUADRATIC_PANEL, None)
+        panel = G[start:, columns].float()  # of all matrices: it takes as long to make as a product with it
+        for index, E in enumerate(matrices):
+            product = product_for_sums(E[:, columns], panel)
+            totals[index] += _inner(product[:, :QUADRATIC_PANEL], E[:, columns])
+            totals[index] += 2 * _inner(product[:, QUADRATIC_PANEL:], E[:, later])
+    return totals
 
 
 def _inner(one: Float[Tensor, "out in"], other: Float[Tensor, "out in"]) -> float:

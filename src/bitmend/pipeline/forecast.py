@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from bitmend.calibrate.forward_cost import ForwardCost
 from bitmend.calibrate.kept_results import PlannedRun
-from bitmend.linalg.moments import CHUNK_TOKENS
+from bitmend.linalg.moments import CHUNK_TOKENS, QUADRATIC_PANEL
 from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.observers import CHUNK_ENTRIES
 from bitmend.numerics.products import WIDENED_ROWS
@@ -29,11 +29,12 @@ KEPT_ALWAYS, KEPT_WEIGHTS, KEPT_FORWARDS = 24 * 2**20, 3, 2
 LARGEST_KEPT = 32 * 2**20
 # Scale search (`numerics/observers.py`): about eight float32 arrays of a chunk at once.
 SEARCH_ARRAYS = 8
-# float64 squares that a factorisation holds beside its result (`linalg/cholesky.py`).
+# float64 squares that a factorisation holds beside its result (`linalg/cholesky.py`), where it is torch that factors.
 FACTOR_SQUARES = 1
-# Matrices of the size of the weight in the proof: Q, Q - W, its product with G, and that times Q - W; W C with two streams.
+# Matrices of the size of the weight in the proof: two Q, their Q - W, one product with a panel of G, and that times Q - W;
+# W C with two streams.
 # In float64 where errors are so small that float32 would blur them: not below this width of a code.
-PROOF_MATRICES, PROOF_IN_DOUBLE = 4, 6
+PROOF_MATRICES, PROOF_IN_DOUBLE = 6, 6
 # float32 copies in a sweep: the stacked target, its columns, their errors, their levels.
 SWEEP_MATRICES = 4
 OPENING = "opening"
@@ -427,9 +428,14 @@ def _solving(facts: Facts, site: SiteShape, square: float, kept: float) -> dict[
 
 
 def _proving(facts: Facts, site: SiteShape, square: float) -> float:
-    """`OutputMeter`: in float32, with G in float32; where codes are wide, once more in float64."""
-    pull = float(SINGLE * site.entries * (facts.moments > 1))
-    single = PROOF_MATRICES * SINGLE * site.entries + square * SINGLE / DOUBLE
+    """`relative_errors`: in float32, a panel of G in float32; where codes are wide, once more in float64."""
+    pull, panel = 0.0, float(SINGLE * site.width * min(site.width, QUADRATIC_PANEL))
+    if facts.moments > 1:
+        pull, panel = (
+            float(SINGLE * site.entries),
+            max(panel, 2 * square * SINGLE / DOUBLE),
+        )  # C^T, and that in one piece
+    single = PROOF_MATRICES * SINGLE * site.entries + panel
     in_double = site.spec is not None and site.spec.grid.bits >= PROOF_IN_DOUBLE
     return pull + (PROOF_MATRICES * DOUBLE * site.entries if in_double else single)
 

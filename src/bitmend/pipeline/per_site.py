@@ -18,7 +18,7 @@ import torch
 
 from bitmend.errors import FactorizationError, NumericsError
 from bitmend.linalg.cholesky import InverseFactor
-from bitmend.linalg.moments import Moments, OutputMeter, merge, merge_
+from bitmend.linalg.moments import Moments, merge, merge_, relative_errors
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.protocols import (
     BlockStreams,
@@ -171,13 +171,12 @@ class PerSite:
             return solution, report
         report.streams = 1 if rows.fit.D is None else 2
         report.chosen_on_held_out = self._chooses and rows.held_out is not None
-        report.fit_error = OutputMeter(problem.weight, rows.fit).relative_error(candidate.dequantize())
+        (report.fit_error,) = relative_errors(problem.weight, [candidate.dequantize()], rows.fit)
         if rows.held_out is None:
             return solution, report
         base = Rtn().solve(problem)
-        meter = OutputMeter(problem.weight, rows.held_out)
-        report.held_out_error = meter.relative_error(candidate.dequantize())
-        report.base_held_out_error = meter.relative_error(base.qtensor.dequantize())
+        both = [candidate.dequantize(), base.qtensor.dequantize()]
+        report.held_out_error, report.base_held_out_error = relative_errors(problem.weight, both, rows.held_out)
         if not report.held_out_error <= report.base_held_out_error:  # NaN, too, is no proof
             return _dropped(solution, base, report)
         return solution, report
