@@ -132,6 +132,30 @@ def norm_gain(norm: nn.Module, features: int) -> Float[Tensor, " features"] | No
     return min((exact, exact + 1), key=lambda one: float((one - gain).abs().sum()))
 
 
+def centring_norm(
+    norm: nn.Module, features: int
+) -> tuple[Float[Tensor, " features"], Float[Tensor, " features"]] | None:
+    """Return gain and bias of a norm that subtracts the mean and divides by the standard deviation, float64.
+
+    None for any other norm. Read from what the norm does to numbers, as in `norm_gain`.
+    """
+    reference = next(norm.parameters(), torch.zeros(()))
+    draw = torch.Generator().manual_seed(0)
+    values = (torch.randn(8, features, generator=draw) * 3 + 1).to(reference)
+    with torch.no_grad():
+        given = norm(values).double()
+    exact = values.double()
+    centred = (exact - exact.mean(-1, keepdim=True)) / exact.std(-1, correction=0, keepdim=True)
+    nought = torch.zeros(features, dtype=torch.float64, device=given.device)
+    gain, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+    gain = nought + 1 if gain is None else gain.detach().double()
+    bias = nought if bias is None else bias.detach().double()
+    if gain.shape != nought.shape or bias.shape != nought.shape:
+        return None
+    slack = 0.05 if reference.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return (gain, bias) if torch.allclose(given, centred * gain + bias, rtol=slack, atol=slack) else None
+
+
 def scale_norm_(norm: nn.Module, factors: Float[Tensor, " features"]) -> None:
     """Multiply what a norm gives by a factor for each feature, in its weight and bias.
 
@@ -313,7 +337,8 @@ class ModelEnds:
         head: path of the output head.
         tied: whether the head shares the embedding's table.
         hidden: features of the residual stream.
-        model: holds all three.
+        model: holds all of them.
+        added: paths of further embeddings as wide as the residual stream, such as that of positions.
     """
 
     embedding: str
@@ -322,3 +347,4 @@ class ModelEnds:
     tied: bool
     hidden: int
     model: nn.Module
+    added: tuple[str, ...] = ()

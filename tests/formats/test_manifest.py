@@ -70,7 +70,7 @@ def test_what_no_file_can_say_is_refused():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 5, "has format_version 5, this release reads up to 4"),
+        (["format_version"], 6, "has format_version 6, this release reads up to 5"),
         (["format_version"], True, "needs 'format_version' to be of type int; got True"),
         (["schemes"], {}, "needs 'schemes' to be of type list"),
         (["schemes", 0], 4, r"each of quantization_config\.schemes must be a table"),
@@ -136,6 +136,10 @@ def test_what_is_done_to_activations_survives_json():
     manifest, config = online_config()
     assert config["format_version"] == 2  # so that readers that know nothing of it refuse
     assert Manifest.from_json(config) == manifest
+    keeping = replace(manifest, outputs={"embed": Rotation(16, 3, keeps_mean=True)})
+    config = json.loads(json.dumps(keeping.to_json()))
+    assert config["format_version"] == 5
+    assert Manifest.from_json(config) == keeping
     plain = Manifest({"a": ManifestEntry(SPEC, (8, 32))}).to_json()
     assert plain["format_version"] == 1
     assert "inputs" not in plain
@@ -152,6 +156,8 @@ def test_what_is_done_to_activations_survives_json():
         (("inputs", "norm", "rotation", "seed"), 1.5, "must say size, seed, inner"),
         (("inputs", "norm", "rotation", "more"), 1, "must say size, seed, inner"),
         (("inputs", "norm", "rotation", "transposed"), 1, "'transposed' to be of type bool"),
+        (("inputs", "norm", "rotation", "keeps_mean"), 1, "'keeps_mean' to be of type bool"),
+        (("inputs", "norm", "rotation", "keeps_mean"), True, "which came with 5"),
         (("inputs", "layers.0.up", "activations", "bits"), 1, r"at layers\.0\.up is impossible: activation bits"),
         (("inputs", "layers.0.up", "activations", "clip_ratio"), 1, "'clip_ratio' to be of type float"),
         (("inputs", "layers.0.up", "activations", "clip_ratio"), float("nan"), "clip_ratio must lie above 0"),

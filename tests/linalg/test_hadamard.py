@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmend.linalg.hadamard import Rotation, factors, hartley, is_prime, paley, random_signs, sylvester
+from bitmend.linalg.hadamard import Rotation, factors, hartley, is_prime, mean_to_first, paley, random_signs, sylvester
 
 
 def test_by_hand():
@@ -20,6 +20,34 @@ def test_orthogonal_and_spreading_at_any_size(size):
     # A Hadamard matrix spreads one feature evenly over all; with an odd rest it is at most sqrt(2) times that.
     limit = math.sqrt(1 if size & (size - 1) == 0 or size in (12, 20, 28, 60, 96, 768) else 2)
     assert float(matrix.abs().max()) * math.sqrt(size) <= limit + 1e-9
+
+
+def test_keeping_the_mean_by_hand():
+    # Of two features one direction is left beside (1, 1): either nothing changes, or they change places.
+    found = [Rotation(2, seed, keeps_mean=True).apply(torch.tensor([3.0, 5.0])).tolist() for seed in range(8)]
+    assert sorted({tuple(map(round, one)) for one in found}) == [(3, 5), (5, 3)]
+    # Of three: (1, -1, 0) lies across the mean and stays so; the reflection sends (1, 1, 1) / sqrt(3) to the first axis.
+    assert mean_to_first(torch.ones(3, dtype=torch.float64)).tolist() == pytest.approx([3**0.5, 0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3, 16, 24, 257])
+def test_rotations_that_keep_the_mean(size):
+    rotation = Rotation(size, seed=1, keeps_mean=True)
+    matrix, ones = rotation.matrix(), torch.ones(size, dtype=torch.float64)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(ones @ matrix, ones)
+    assert torch.allclose(rotation.inverse.matrix(), matrix.T, atol=1e-12)
+    if size > 16:  # and spread all the same: no worse than a random rotation
+        assert float(matrix.abs().max()) * math.sqrt(size) < 4
+    values = torch.randn(5, size, dtype=torch.float64)
+    norm = torch.nn.LayerNorm(size, elementwise_affine=False, eps=0.0)
+    assert torch.allclose(norm(values @ matrix), norm(values) @ matrix, atol=1e-9)
+
+
+@pytest.mark.parametrize(("size", "inner"), [(1, 1), (4, 2)])
+def test_what_cannot_keep_its_mean(size, inner):
+    with pytest.raises(ValueError, match="needs at least 2 features, rotated one by one"):
+        Rotation(size, inner=inner, keeps_mean=True)
 
 
 @pytest.mark.parametrize("size", [4, 8, 12, 20, 24, 28, 32, 36, 44, 60, 68, 76, 84, 108, 124, 140, 148])

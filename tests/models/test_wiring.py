@@ -59,15 +59,16 @@ def test_what_is_made_together_is_not_told_apart(saved):
 @pytest.mark.parametrize(
     ("family", "ends"),
     [
-        ("llama", ("model.embed_tokens", "model.norm", "lm_head", False)),
-        ("llama-tied", ("model.embed_tokens", "model.norm", "lm_head", True)),
-        ("gpt2", ("transformer.wte", "transformer.ln_f", "lm_head", True)),
-        ("opt-projected", ("model.decoder.embed_tokens", None, "lm_head", True)),
+        ("llama", ("model.embed_tokens", "model.norm", "lm_head", False, ())),
+        ("llama-tied", ("model.embed_tokens", "model.norm", "lm_head", True, ())),
+        ("gpt2", ("transformer.wte", "transformer.ln_f", "lm_head", True, ("transformer.wpe",))),
+        ("opt-projected", ("model.decoder.embed_tokens", None, "lm_head", True, ("model.decoder.embed_positions",))),
     ],
 )
 def test_ends(saved, family, ends):
     adapter = HfCausalLm.open(saved(family))
-    assert adapter.ends(BATCH) == ModelEnds(*ends, 16, adapter.model)
+    *paths, added = ends
+    assert adapter.ends(BATCH) == ModelEnds(*paths, 16, adapter.model, added)
 
 
 class PlusOne(nn.Module):

@@ -6,6 +6,7 @@ from bitmend.linalg.hadamard import Rotation
 from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.pipeline.transforming import Transforms
 from bitmend.protocols import TokenBatch
+from bitmend.testing.laws.transform import exact_keeps_the_function
 from bitmend.transforms.quarot import QuaRot
 
 BATCH = TokenBatch(torch.arange(3, 19).unsqueeze(0))
@@ -84,10 +85,55 @@ def test_parts_can_be_left_out(folder):
     assert not bool((block.module.input_layernorm.weight == 1).all())
 
 
+def with_random_norms(model):
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, torch.nn.LayerNorm):
+                part.weight.copy_(1 + torch.rand(part.weight.shape, generator=draw))
+                part.bias.copy_(torch.randn(part.bias.shape, generator=draw))
+    return model
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "neox-serial", "opt"])
+def test_norms_that_centre_let_rotations_pass_that_keep_the_mean(tiny, tmp_path, family):
+    folder = tiny.save(tmp_path / family, with_random_norms(tiny.build(family)))
+    exact_keeps_the_function(QuaRot(seed=3), lambda: HfCausalLm.open(folder, dtype=torch.float64), BATCH)
+
+
+def test_gain_and_bias_of_a_norm_that_centres_by_the_equations(tiny, tmp_path):
+    model = with_random_norms(tiny.build("gpt2"))
+    adapter, transforms, block, _ = transformed(tiny.save(tmp_path / "m", model), QuaRot(seed=5))
+    old, new, whole = model.double().transformer.h[0], block.module, Rotation(16, 5, keeps_mean=True)
+    weight, norm = old.attn.c_attn.weight.T, old.ln_1  # Conv1D stores (in, out)
+    assert torch.allclose(new.attn.c_attn.weight.T, weight @ torch.diag(norm.weight) @ whole.matrix(), atol=1e-6)
+    assert torch.allclose(new.attn.c_attn.bias, old.attn.c_attn.bias + weight @ norm.bias, atol=1e-6)
+    assert torch.equal(new.ln_1.weight, torch.ones(16).double())
+    assert not bool(new.ln_1.bias.any())
+    # The table of positions turns in place, the tied table of tokens while the model runs.
+    assert torch.allclose(adapter.model.transformer.wpe.weight, whole.apply(model.transformer.wpe.weight), atol=1e-6)
+    assert torch.equal(adapter.model.transformer.wte.weight, model.transformer.wte.weight)
+    assert transforms.outputs == {"transformer.wte": whole}
+    assert transforms.inputs == {"transformer.ln_f": whole.inverse}
+
+
+def test_a_head_without_a_bias_reads_a_stream_that_is_turned_back(tiny, tmp_path):
+    _, transforms, _, _ = transformed(tiny.save(tmp_path / "m", with_random_norms(tiny.build("neox"))), QuaRot(seed=5))
+    assert transforms.outputs == {}
+    assert transforms.inputs == {"gpt_neox.final_layer_norm": Rotation(16, 5, transposed=True, keeps_mean=True)}
+
+
+def test_a_reader_without_a_place_for_the_bias_is_told(tiny, tmp_path):
+    model = with_random_norms(tiny.build("opt", enable_bias=False))
+    with pytest.raises(
+        ModelError, match=r"adds a bias, for which .*q_proj, which reads it, has no place; set residual"
+    ):
+        transformed(tiny.save(tmp_path / "m", model), QuaRot())
+
+
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("gpt2", r"transformer\.ln_f \(LayerNorm\) subtracts a mean or adds a bias"),
         ("gemma2", r"post_attention_layernorm multiplies what is added to it feature by feature"),
         ("opt-projected", r"needs a norm whose result the output head reads"),
     ],

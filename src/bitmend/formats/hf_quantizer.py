@@ -282,7 +282,10 @@ def _features_read(module: nn.Module) -> int | None:
         return int(read_matrix(module).shape[1])
     features = getattr(module, "in_features", None)
     weight = getattr(module, "weight", None) if features is None else None
-    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 1 else features
+    if isinstance(weight, Tensor) and weight.ndim == 1:
+        return len(weight)
+    shape = getattr(module, "normalized_shape", None)  # of a norm without a weight
+    return shape[-1] if features is None and isinstance(shape, tuple) and len(shape) == 1 else features
 
 
 def _features_given(module: nn.Module) -> int | None:
@@ -294,7 +297,7 @@ def _features_given(module: nn.Module) -> int | None:
 def _check_width(name: str, scheme: InputScheme, width: int | None) -> None:
     if width is None:
         raise CheckpointError(f"the checkpoint changes activations at {name}, which is no layer, norm or embedding")
-    exactly = isinstance(scheme.rotation, BlockRotation)
+    exactly = isinstance(scheme.rotation, BlockRotation) or (scheme.rotation is not None and scheme.rotation.keeps_mean)
     inner = 1 if scheme.rotation is None else scheme.rotation.inner
     size = 0 if scheme.rotation is None else scheme.rotation.size * inner
     if size and (width != size if exactly else width % size):

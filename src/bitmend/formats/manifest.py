@@ -42,7 +42,8 @@ Static ranges (`"ranges": [2.5]` beside the other keys of a grid) and a prefix c
 {"attentions": {"model.layers.0.self_attn": {"prefix": {"tokens": 2, "heads": 2, "key_width": 64, "value_width": 64}}}}
 ```
 
-The keys and values of the prefix are tensors of the module that attends, `prefix_key` and `prefix_value`.
+The keys and values of the prefix are tensors of the module that attends, `prefix_key` and `prefix_value`. Rotations that keep
+the mean (`"keeps_mean": true` beside their other keys) come with format version 5.
 
 `seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
 schemes may give tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone
@@ -69,7 +70,8 @@ from bitmend.numerics.uniform import UniformGrid
 from bitmend.online import AttentionScheme, InputScheme, PrefixShape
 
 QUANT_METHOD = "bitmend"
-FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES = 1, 2, 3, 4
+FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES, VERSION_WITH_MEAN = 1, 2, 3, 4, 5
+LATEST_VERSION = VERSION_WITH_MEAN
 LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
 OPERANDS = ("queries", "keys", "values", "probabilities")
@@ -150,6 +152,10 @@ class Manifest:
 
     def _version(self, shares: bool) -> int:
         """Return the oldest format version that holds all of this, so that older readers read what they can."""
+        rotations = [one.rotation for one in (*self.inputs.values(), *self.attentions.values())]
+        rotations += self.outputs.values()
+        if any(isinstance(one, Rotation) and one.keeps_mean for one in rotations):
+            return VERSION_WITH_MEAN
         specs = [one.activations for one in self.inputs.values()]
         specs += [getattr(one, name) for one in self.attentions.values() for name in OPERANDS]
         static = any(spec is not None and spec.ranges is not None for spec in specs)
@@ -168,9 +174,9 @@ class Manifest:
                 know, a scheme that is impossible, or a seal that differs.
         """
         version = _get(config, "format_version", int)
-        if not FORMAT_VERSION <= version <= VERSION_WITH_RANGES:
+        if not FORMAT_VERSION <= version <= LATEST_VERSION:
             raise CheckpointError(
-                f"quantization_config has format_version {version}, this release reads up to {VERSION_WITH_RANGES}; "
+                f"quantization_config has format_version {version}, this release reads up to {LATEST_VERSION}; "
                 f"load it with the release of bitmend that wrote it, or a newer one"
             )
         schemes = [_scheme_from_json(item) for item in _get(config, "schemes", list)]
@@ -208,10 +214,12 @@ class Manifest:
 
     def _refuse_older_version(self, version: int) -> None:
         """Refuse a version that does not know what was read."""
-        if self._version(shares=False) > version:
+        needed = self._version(shares=False)
+        if needed > version:
+            what = "rotations that keep the mean" if needed == VERSION_WITH_MEAN else "ranges or a prefix"
             raise CheckpointError(
-                f"quantization_config has format_version {version}, but holds ranges or a prefix, which came with "
-                f"{VERSION_WITH_RANGES}; copy config.json again"
+                f"quantization_config has format_version {version}, but holds {what}, which came with {needed}; copy "
+                "config.json again"
             )
 
     def with_files(self, files: Mapping[str, str]) -> "Manifest":
@@ -307,8 +315,12 @@ def _prefix_from_json(where: str, item: Mapping[str, Any]) -> PrefixShape:
 
 
 def _rotation_to_json(rotation: AnyRotation) -> dict[str, Any]:
-    keys = BLOCK_ROTATION if isinstance(rotation, BlockRotation) else ("size", "seed", "inner", "transposed")
-    found = {key: getattr(rotation, key) for key in keys}
+    if isinstance(rotation, Rotation):
+        about = asdict(rotation)
+        if not rotation.keeps_mean:  # as folders of version 2 have it
+            del about["keeps_mean"]
+        return about
+    found = {key: getattr(rotation, key) for key in BLOCK_ROTATION}
     # As text: config.json is written with one number a line, which would take three times as much.
     return {key: " ".join(map(str, value)) if isinstance(value, tuple) else value for key, value in found.items()}
 
@@ -362,11 +374,17 @@ def _rotation_from_json(where: str, item: Mapping[str, Any], shared: Sequence[Bl
             raise CheckpointError(f"{where} names rotation {place}, but there are {len(shared)}")
         return shared[place]
     seed, sides = about.get("seed"), (_get(about, "size", int), _get(about, "inner", int))
-    if set(about) != {"size", "seed", "inner", "transposed"} or not (seed is None or type(seed) is int):
+    if set(about) - {"keeps_mean"} != {"size", "seed", "inner", "transposed"} or not (
+        seed is None or type(seed) is int
+    ):
         raise CheckpointError(f"{where} must say size, seed, inner and transposed of a rotation; got {about!r:.80}")
     if not all(1 <= side <= LARGEST_ROTATION for side in sides):
         raise CheckpointError(f"{where} must rotate 1 to {LARGEST_ROTATION} features; got {sides[0]} x {sides[1]}")
-    return Rotation(sides[0], seed, sides[1], _get(about, "transposed", bool))
+    keeps_mean = _get(about, "keeps_mean", bool) if "keeps_mean" in about else False
+    try:
+        return Rotation(sides[0], seed, sides[1], _get(about, "transposed", bool), keeps_mean)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is impossible: {error}") from error
 
 
 def _activations_to_json(spec: ActivationSpec) -> dict[str, Any]:

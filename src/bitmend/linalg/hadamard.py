@@ -6,12 +6,16 @@ odd rest m, for which no such matrix exists, gets a discrete Hartley matrix, wit
 all the same, and spreading almost as evenly. The product of a Kronecker product of small matrices needs no large matrix:
 each factor is applied along an axis of its own.
 
+A rotation may keep the mean of what it rotates: one of the other n - 1 directions, between two reflections that swap the
+direction of the mean with the first axis. It passes through a norm that subtracts the mean as any rotation passes through one
+that does not.
+
 A rotation is stored as its size and a seed; the signs are drawn by a fixed rule (`random_signs`), not by torch's generator,
 whose numbers may change from release to release.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -34,6 +38,7 @@ class Rotation:
         seed: of the random signs in front of the Hadamard matrix; None for no signs.
         inner: neighbouring numbers that are rotated alike.
         transposed: apply Q^T, which undoes Q, instead.
+        keeps_mean: (1, ..., 1) Q = (1, ..., 1); of whole axes only (`inner = 1`).
 
     Cost: none until it is applied, so that a size from a file can be checked against the model first. The factors of a size
     are kept then; an odd rest m takes m^2 numbers.
@@ -43,19 +48,26 @@ class Rotation:
     seed: int | None = None
     inner: int = 1
     transposed: bool = False
+    keeps_mean: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.inner < 1:
             raise ValueError(f"a rotation needs a size and an inner width of at least 1; got {self.size}, {self.inner}")
+        if self.keeps_mean and (self.size < 2 or self.inner > 1):
+            raise ValueError(
+                f"a rotation that keeps the mean needs at least 2 features, rotated one by one; got {self.size} x "
+                f"{self.inner}"
+            )
 
     def __str__(self) -> str:
         across = f" x {self.inner}" if self.inner > 1 else ""
-        return f"rotation of {self.size}{across} features{', undone' if self.transposed else ''}"
+        mean = ", which keeps their mean" if self.keeps_mean else ""
+        return f"rotation of {self.size}{across} features{mean}{', undone' if self.transposed else ''}"
 
     @property
     def inverse(self) -> "Rotation":
         """The rotation that undoes this one."""
-        return Rotation(self.size, self.seed, self.inner, not self.transposed)
+        return replace(self, transposed=not self.transposed)
 
     def apply(self, values: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Return `values @ Q` (or `@ Q^T`), block by block, in the dtype of `values`.
@@ -69,6 +81,8 @@ class Rotation:
         if width % (self.size * self.inner):
             raise ValueError(f"a rotation of {self.size} x {self.inner} must divide the width; got {width}")
         exact = values.double() if values.dtype == torch.float64 else values.float()
+        if self.keeps_mean:
+            return self._beside_mean(exact.reshape(-1, self.size)).reshape(values.shape).to(values.dtype)
         blocks = exact.reshape(-1, self.size, self.inner)
         if self.seed is not None and not self.transposed:
             blocks = blocks * self._signs(blocks)
@@ -77,13 +91,38 @@ class Rotation:
             blocks = blocks * self._signs(blocks)
         return blocks.reshape(values.shape).to(values.dtype)
 
+    def _beside_mean(self, blocks: Tensor) -> Tensor:
+        """Rotate what is left beside the mean.
+
+        The first row of the matrices that spread is even, and so nearly what the reflection sends to one axis: one feature
+        would hardly be spread. With signs behind them, too, it is.
+        """
+        blocks = mean_to_first(blocks)
+        rest, inner = blocks[:, 1:], Rotation(self.size - 1, self.seed, 1, self.transposed)
+        signs = random_signs(self.size - 1, 1 if self.seed is None else ~self.seed).to(rest)
+        rest = inner.apply(rest * signs) if self.transposed else inner.apply(rest) * signs
+        return mean_to_first(torch.cat([blocks[:, :1], rest], 1))
+
     def matrix(self) -> Float[Tensor, "size size"]:
         """Return Q itself, float64; for tests and for learning from it."""
-        return Rotation(self.size, self.seed, 1, self.transposed).apply(torch.eye(self.size, dtype=torch.float64))
+        return replace(self, inner=1).apply(torch.eye(self.size, dtype=torch.float64))
 
     def _signs(self, like: Tensor) -> Tensor:
         assert self.seed is not None
         return random_signs(self.size, self.seed).to(like).unsqueeze(1)
+
+
+def mean_to_first(values: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
+    """Return values reflected so that the direction (1, ..., 1) and the first axis change places; its own inverse."""
+    size = values.shape[-1]
+    if size == 1:
+        return values
+    even = 1 / math.sqrt(size)
+    # The mirror is (1, 0, ..., 0) - (even, ..., even), of squared length 2 - 2 even.
+    along = (values[..., :1] - even * values.sum(-1, keepdim=True)) / (1 - even)
+    reflected = values + even * along
+    reflected[..., :1] -= along
+    return reflected
 
 
 def _kronecker(

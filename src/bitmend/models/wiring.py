@@ -93,7 +93,15 @@ def find_ends(model: Any, hidden: int, blocks: tuple[str, ...], tied: bool, run:
         hooks.callback(head.register_forward_pre_hook(read, with_kwargs=True).remove)
         run()
     norm = next((path for path, paths_read in found.items() if paths_read), None)
-    return ModelEnds(paths[id(model.get_input_embeddings())], norm, paths[id(head)], tied, hidden, model)
+    embedding = paths[id(model.get_input_embeddings())]
+    inside = tuple(f"{one}." for one in blocks)
+    added = [
+        path
+        for path, part in model.named_modules()
+        if isinstance(part, nn.Embedding) and part.embedding_dim == hidden and not path.startswith(inside)
+    ]
+    others = tuple(path for path in added if path != embedding)
+    return ModelEnds(embedding, norm, paths[id(head)], tied, hidden, model, others)
 
 
 def _features(norm: nn.Module) -> int | None:
