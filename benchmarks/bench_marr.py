@@ -66,7 +66,7 @@ def run(options, method, draw):
     keys |= {"calibration.held_out": options.held_out, "calibration.two_streams": True, **extra}
     if options.residual is not None:
         keys["calibration.residual"] = options.residual
-    keys["transforms"] = [{"name": name} for name in options.transforms]
+    keys["transforms"] = [json.loads(one) if one.startswith("{") else {"name": one} for one in options.transforms]
     if options.activation_bits is not None:
         keys |= {"activations.bits": options.activation_bits, "activations.clip_ratio": options.clip_ratio}
     if options.kv_bits is not None:
@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=float, default=0.25)
-    parser.add_argument("--transforms", nargs="*", default=[])
+    parser.add_argument("--transforms", nargs="*", default=[], help="names, or JSON tables with a name and other keys")
     parser.add_argument("--activation-bits", type=int)
     parser.add_argument("--clip-ratio", type=float, default=0.9)
     parser.add_argument("--kv-bits", type=int)

@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitmend.linalg.greedy_rotation import AnyRotation
 from bitmend.linalg.hadamard import Rotation
+from bitmend.linalg.rotations import AnyRotation, StreamRotation
 from bitmend.numerics.activations import ActivationSpec
 
 _PUT_OFF = "_bitmend_rounding_put_off"  # on a module
 PREFIX_KEY, PREFIX_VALUE = "prefix_key", "prefix_value"  # tensors of a module that attends
+ROTATION_CODES = "rotation_codes"  # tensor of a module that holds a learned rotation
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def rounding_put_off(module: nn.Module) -> Iterator[list[ActivationSpec]]:
         del module.__dict__[_PUT_OFF]
 
 
-def attach_output(module: nn.Module, rotation: Rotation) -> RemovableHandle:
+def attach_output(module: nn.Module, rotation: StreamRotation) -> RemovableHandle:
     """Rotate what `module` returns, until the handle is removed."""
 
     def rotate(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:

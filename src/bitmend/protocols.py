@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bitmend.linalg.greedy_rotation import AnyRotation
-from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.moments import Moments
+from bitmend.linalg.rotations import AnyRotation, StreamRotation
+from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.registry import Registry
@@ -250,11 +250,13 @@ class Transformed:
     Attributes:
         inputs: path of a module (in the block, or in the model) -> rotation of its input, for which its weights were changed.
         outputs: path -> rotation of what the module returns.
+        tensors: name in the model -> what must lie in the files for that, beside the model's own.
         events: what the user must be told.
     """
 
     inputs: Mapping[str, AnyRotation] = field(default_factory=dict)
-    outputs: Mapping[str, Rotation] = field(default_factory=dict)
+    outputs: Mapping[str, StreamRotation] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
 
 
@@ -285,12 +287,50 @@ class ModelTransform(Transform, Protocol):
     If it rotates the residual stream, blocks are proved to add what they added before, rotated.
     """
 
-    def residual_rotation(self, ends: ModelEnds) -> Rotation | None:
+    def residual_rotation(self, ends: ModelEnds) -> StreamRotation | None:
         """Return how the residual stream is rotated, or None when it stays as it is."""
         ...
 
     def apply_to_ends_(self, ends: ModelEnds) -> Transformed:
         """Change the weights around the blocks in place."""
+        ...
+
+
+@runtime_checkable
+class OpenNetwork(Protocol):
+    """The whole network in full precision at once, in float32, for transforms that learn on it.
+
+    Its weights may be changed as long as it computes the same; nothing of it is kept.
+
+    Attributes:
+        ends: what lies around the blocks.
+        blocks: all blocks in order, loaded, with how their layers hang together.
+        num_rows: calibration rows to learn from; those that are held out are not among them.
+    """
+
+    ends: ModelEnds
+    blocks: Sequence[tuple[Block, Wiring]]
+    num_rows: int
+
+    def rounding(self, block: Block, path: str) -> ActivationSpec | None:
+        """Return how the input of a layer will be rounded."""
+        ...
+
+    def logits(self, row: int) -> Float[Tensor, "token vocabulary"]:
+        """Return the logits of the real tokens of one row, with gradients, if they are on."""
+        ...
+
+
+@runtime_checkable
+class LearningTransform(Transform, Protocol):
+    """A transform that learns something on the whole network before the first block is transformed."""
+
+    def learn(self, network: OpenNetwork, progress: Progress) -> dict[str, Tensor]:
+        """Return what was learned, by names of its own."""
+        ...
+
+    def with_learned(self, learned: Mapping[str, Tensor]) -> "LearningTransform":
+        """Return the transform that applies what `learn` returned."""
         ...
 
 
@@ -373,6 +413,10 @@ class ModelAdapter(Protocol):
     embedding_name: str
     head_name: str | None  # None when the head is tied to the embedding
 
+    def reopened(self, dtype: torch.dtype) -> "ModelAdapter":
+        """Return the same model opened once more, in another dtype."""
+        ...
+
     def load_block(self, index: int) -> nn.Module:
         """Read one block's tensors from the checkpoint and return the block."""
         ...
@@ -423,10 +467,22 @@ class ModelAdapter(Protocol):
         """Run one loaded block."""
         ...
 
+    def forward_block(
+        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch sequence features"]:
+        """Run one loaded block with gradients, if they are on."""
+        ...
+
     def logits(
         self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
     ) -> Float[Tensor, "batch sequence vocabulary"]:
         """Run everything after the last block."""
+        ...
+
+    def forward_logits(
+        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
+    ) -> Float[Tensor, "batch sequence vocabulary"]:
+        """Run everything after the last block with gradients, if they are on."""
         ...
 
 

@@ -8,11 +8,16 @@ the subtraction into the layers that write and puts another norm in place; here 
 Which rotations these are, random or learned, is for the transforms to say.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from bitmend.errors import ModelError
 from bitmend.linalg.hadamard import Rotation
+from bitmend.linalg.learned_rotation import LearnedRotation
+from bitmend.linalg.rotations import StreamRotation
+from bitmend.online import ROTATION_CODES
 from bitmend.protocols import Transformed
 from bitmend.sites import (
     PIECE_ENTRIES,
@@ -47,13 +52,18 @@ def block_centres(block: Block, wiring: Wiring) -> bool:
     """Return whether a norm of the block that layers read subtracts the mean.
 
     Raises:
-        ModelError: a norm that no rotation passes.
+        ModelError: a norm that no rotation passes, because of what it does or where it stands.
     """
+    if wiring.after_writers:
+        raise ModelError(
+            f"the residual stream of {block.name} cannot be rotated: {wiring.after_writers[0]} multiplies what is added to "
+            f"it feature by feature; {WITHOUT}"
+        )
     norms = [(block.module.get_submodule(path), f"{block.name}.{path}") for path in wiring.readers]
     return any(_centres(norm, name, wiring.hidden) for norm, name in norms)
 
 
-def rotate_ends_(ends: ModelEnds, rotation: Rotation) -> Transformed:
+def rotate_ends_(ends: ModelEnds, rotation: StreamRotation) -> Transformed:
     """Rotate embeddings and head by a rotation of the residual stream.
 
     Where head and embedding share a table, or the head has no bias for that of the norm, what they give and read is rotated
@@ -68,28 +78,24 @@ def rotate_ends_(ends: ModelEnds, rotation: Rotation) -> Transformed:
     for path in ends.added:
         rotate_inputs_(model.get_submodule(path), rotation)
     if ends.tied:
-        return Transformed({ends.norm: rotation.inverse}, {ends.embedding: rotation})
+        return _while_it_runs(ends, {ends.norm: rotation.inverse}, {ends.embedding: rotation})
     rotate_inputs_(model.get_submodule(ends.embedding), rotation)
     norm, head = model.get_submodule(ends.norm), model.get_submodule(ends.head)
     if _adds_bias(norm, ends.hidden) and getattr(head, "bias", None) is None:
-        return Transformed({ends.norm: rotation.inverse})
+        return _while_it_runs(ends, {ends.norm: rotation.inverse}, {})
     fold_norm_(norm, ends.norm, {ends.head: head}, ends.hidden)
     rotate_inputs_(head, rotation)
     return Transformed()
 
 
-def rotate_residual_(block: Block, wiring: Wiring, rotation: Rotation) -> None:
+def rotate_residual_(block: Block, wiring: Wiring, rotation: StreamRotation) -> None:
     """Let a block read and write a rotated residual stream.
 
     Raises:
         ModelError: a norm that the rotation does not pass, or a layer that reads or writes the stream in another way.
     """
+    block_centres(block, wiring)
     module, hidden = block.module, wiring.hidden
-    if wiring.after_writers:
-        raise ModelError(
-            f"the residual stream of {block.name} cannot be rotated: {wiring.after_writers[0]} multiplies what is added to "
-            f"it feature by feature; {WITHOUT}"
-        )
     for norm, readers in wiring.readers.items():
         layers = {f"{block.name}.{path}": module.get_submodule(path) for path in readers}
         fold_norm_(module.get_submodule(norm), f"{block.name}.{norm}", layers, hidden)
@@ -105,7 +111,7 @@ def rotate_residual_(block: Block, wiring: Wiring, rotation: Rotation) -> None:
         rotate_outputs_(layer, rotation)
 
 
-def rotate_values_(block: Block, wiring: Wiring, rotation: Rotation) -> None:
+def rotate_values_(block: Block, wiring: Wiring, rotation: StreamRotation) -> None:
     """Rotate the values inside each head, and undo it in the layer behind the attention."""
     if wiring.values is not None:
         rotate_outputs_(block.module.get_submodule(wiring.values.source), rotation)
@@ -120,16 +126,18 @@ def rotate_writers_(block: Block, wiring: Wiring, *, across_heads: bool) -> dict
         wiring: of the block.
         across_heads: what stands behind the attention is rotated across heads, because it is rotated inside them already.
     """
-    inputs: dict[str, Rotation] = {}
-    for path in wiring.writers:
-        layer, values = block.module.get_submodule(path), wiring.values
-        if across_heads and values is not None and path == values.target:
-            rotation = Rotation(values.heads, inner=values.head_dim)
-        else:
-            rotation = Rotation(read_matrix(layer).shape[1])
-        rotate_inputs_(layer, rotation)
-        inputs[path] = rotation
+    inputs = {path: writer_rotation(block, wiring, path, across_heads=across_heads) for path in wiring.writers}
+    for path, rotation in inputs.items():
+        rotate_inputs_(block.module.get_submodule(path), rotation)
     return inputs
+
+
+def writer_rotation(block: Block, wiring: Wiring, path: str, *, across_heads: bool) -> Rotation:
+    """Return how what a layer reads that writes to the residual stream is rotated while the model runs."""
+    values = wiring.values
+    if across_heads and values is not None and path == values.target:
+        return Rotation(values.heads, inner=values.head_dim)
+    return Rotation(read_matrix(block.module.get_submodule(path)).shape[1])
 
 
 def fold_norm_(norm: nn.Module, name: str, readers: dict[str, nn.Module], hidden: int) -> None:
@@ -157,7 +165,7 @@ def fold_norm_(norm: nn.Module, name: str, readers: dict[str, nn.Module], hidden
                 tensor.fill_(value)
 
 
-def rotate_outputs_(layer: nn.Module, rotation: Rotation) -> None:
+def rotate_outputs_(layer: nn.Module, rotation: StreamRotation) -> None:
     """Rotate what a layer gives, its bias included."""
     for columns in torch.split(read_matrix(layer), max(1, PIECE_ENTRIES // len(read_matrix(layer))), dim=1):
         columns.copy_(rotation.apply(columns.double().T).T)
@@ -165,6 +173,20 @@ def rotate_outputs_(layer: nn.Module, rotation: Rotation) -> None:
     if isinstance(bias, Tensor):
         with torch.no_grad():
             bias.copy_(rotation.apply(bias.double()))
+
+
+def _while_it_runs(
+    ends: ModelEnds, inputs: dict[str, StreamRotation], outputs: dict[str, StreamRotation]
+) -> Transformed:
+    """Return rotations that run with the model; learned ones with their codes, which the embedding holds."""
+    tables = [inputs, outputs]
+    tensors = {}
+    for table in tables:
+        for path, rotation in table.items():
+            if isinstance(rotation, LearnedRotation):
+                table[path] = replace(rotation, holder=ends.embedding)
+                tensors[f"{ends.embedding}.{ROTATION_CODES}"] = rotation.codes()
+    return Transformed(inputs, outputs, tensors)
 
 
 def _centres(norm: nn.Module, name: str, hidden: int) -> bool:

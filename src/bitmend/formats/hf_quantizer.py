@@ -11,6 +11,7 @@ Experts that transformers packs into one parameter are taken apart as they were 
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from bitmend.formats.integrity import check_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.safetensors_file import TensorRecord
 from bitmend.linalg.greedy_rotation import BlockRotation
+from bitmend.linalg.hadamard import Rotation
+from bitmend.linalg.learned_rotation import LearnedRotation, learned_size, num_codes
+from bitmend.linalg.rotations import AnyRotation, StreamRotation
 from bitmend.models.attention import attach_attention, hold_prefix_, use_rounding_attention_
 from bitmend.models.experts import experts_of, unpack_experts_
 from bitmend.numerics.activations import ActivationSpec
-from bitmend.online import InputScheme, PrefixShape, attach_input, attach_output
+from bitmend.online import ROTATION_CODES, InputScheme, PrefixShape, attach_input, attach_output
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
@@ -89,8 +93,8 @@ class BitmendQuantizer(HfQuantizer):
             {swapped[head]: swapped[table] for head, table in manifest.tied.items() if head in swapped},
             manifest.provenance,
             manifest.files,
-            {online[name]: scheme for name, scheme in manifest.inputs.items() if name in online},
-            {online[name]: rotation for name, rotation in manifest.outputs.items() if name in online},
+            {online[name]: _moved(scheme, online) for name, scheme in manifest.inputs.items() if name in online},
+            {online[name]: _held_at(one, online) for name, one in manifest.outputs.items() if name in online},
             {attending[name]: scheme for name, scheme in manifest.attentions.items() if name in attending},
         )
 
@@ -176,17 +180,61 @@ def attach_online_(model: nn.Module, manifest: Manifest) -> dict[str, str]:
         CheckpointError: a module that does not exist, or whose width does not suit what is to be done to it.
     """
     modules = dict(model.named_modules())
-    found = _paths_in(model, [*manifest.inputs, *manifest.outputs], "changes activations at")
+    rotations = [*(scheme.rotation for scheme in manifest.inputs.values()), *manifest.outputs.values()]
+    holders = {rotation.holder: None for rotation in rotations if isinstance(rotation, LearnedRotation)}
+    found = _paths_in(model, [*manifest.inputs, *manifest.outputs, *holders], "changes activations at")
     for name, path in found.items():
         module = modules[path]
         if name in manifest.inputs:
-            _check_width(name, manifest.inputs[name], _features_read(module))
-            _check_ranges(name, manifest.inputs[name].activations, 1)
-            attach_input(module, manifest.inputs[name])
+            scheme = manifest.inputs[name]
+            _check_width(name, scheme, _features_read(module))
+            _check_ranges(name, scheme.activations, 1)
+            attach_input(module, replace(scheme, rotation=_with_codes(name, scheme.rotation, modules, found)))
         if name in manifest.outputs:
             _check_width(name, InputScheme(manifest.outputs[name]), _features_given(module))
-            attach_output(module, manifest.outputs[name])
+            rotation = _with_codes(name, manifest.outputs[name], modules, found)
+            assert rotation is not None
+            assert not isinstance(rotation, BlockRotation)
+            attach_output(module, rotation)
     return found
+
+
+def _with_codes(
+    name: str, rotation: AnyRotation | None, modules: Mapping[str, nn.Module], paths: Mapping[str, str]
+) -> AnyRotation | None:
+    """Return a learned rotation that reads its codes from its holder, where room is made for them; others as they are.
+
+    Raises:
+        CheckpointError: a holder that is none of the modules that the manifest names, or that has no weights.
+    """
+    if not isinstance(rotation, LearnedRotation):
+        return rotation
+    holder = modules.get(paths.get(rotation.holder, ""))
+    held = (
+        None
+        if holder is None
+        else next((one for ones in (holder.parameters(), holder.buffers()) for one in ones), None)
+    )
+    if holder is None or held is None:
+        raise CheckpointError(
+            f"the checkpoint looks for the codes of a rotation at {name} in {rotation.holder!r}, which holds none"
+        )
+    count = num_codes(learned_size(rotation.base))
+    if ROTATION_CODES not in holder._buffers:
+        holder.register_buffer(ROTATION_CODES, torch.zeros(count, dtype=torch.int16, device=held.device))
+    if len(holder.get_buffer(ROTATION_CODES)) != count:
+        raise CheckpointError(f"the checkpoint has learned rotations of several sizes in {rotation.holder}")
+    return replace(rotation, codes=lambda: holder.get_buffer(ROTATION_CODES))
+
+
+def _moved(scheme: InputScheme, paths: Mapping[str, str]) -> InputScheme:
+    rotation = scheme.rotation
+    return replace(scheme, rotation=_held_at(rotation, paths)) if isinstance(rotation, LearnedRotation) else scheme
+
+
+def _held_at(rotation: StreamRotation, paths: Mapping[str, str]) -> StreamRotation:
+    """Return a learned rotation whose holder is named as in this model, which may lack the first part of a path."""
+    return replace(rotation, holder=paths[rotation.holder]) if isinstance(rotation, LearnedRotation) else rotation
 
 
 def attach_attentions_(model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
@@ -297,7 +345,8 @@ def _features_given(module: nn.Module) -> int | None:
 def _check_width(name: str, scheme: InputScheme, width: int | None) -> None:
     if width is None:
         raise CheckpointError(f"the checkpoint changes activations at {name}, which is no layer, norm or embedding")
-    exactly = isinstance(scheme.rotation, BlockRotation) or (scheme.rotation is not None and scheme.rotation.keeps_mean)
+    whole = isinstance(scheme.rotation, (BlockRotation, LearnedRotation))
+    exactly = whole or (isinstance(scheme.rotation, Rotation) and scheme.rotation.keeps_mean)
     inner = 1 if scheme.rotation is None else scheme.rotation.inner
     size = 0 if scheme.rotation is None else scheme.rotation.size * inner
     if size and (width != size if exactly else width % size):

@@ -43,7 +43,13 @@ Static ranges (`"ranges": [2.5]` beside the other keys of a grid) and a prefix c
 ```
 
 The keys and values of the prefix are tensors of the module that attends, `prefix_key` and `prefix_value`. Rotations that keep
-the mean (`"keeps_mean": true` beside their other keys) come with format version 5.
+the mean (`"keeps_mean": true` beside their other keys) come with format version 5, and so do learned ones: `holder` names the
+module with the tensor `rotation_codes`, half a skew-symmetric matrix (`linalg/learned_rotation.py`):
+
+```json
+{"inputs": {"model.norm": {"rotation": {"size": 256, "seed": 0, "inner": 1, "transposed": true,
+                                        "holder": "model.embed_tokens"}}}}
+```
 
 `seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
 schemes may give tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone
@@ -59,10 +65,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitmend.errors import CheckpointError, RecipeError, RequestError
-from bitmend.linalg.greedy_rotation import AnyRotation, BlockRotation
+from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
+from bitmend.linalg.learned_rotation import LearnedRotation
+from bitmend.linalg.rotations import AnyRotation, StreamRotation
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec
@@ -70,8 +79,7 @@ from bitmend.numerics.uniform import UniformGrid
 from bitmend.online import AttentionScheme, InputScheme, PrefixShape
 
 QUANT_METHOD = "bitmend"
-FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES, VERSION_WITH_MEAN = 1, 2, 3, 4, 5
-LATEST_VERSION = VERSION_WITH_MEAN
+FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES, VERSION_LATEST = 1, 2, 3, 4, 5
 LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
 OPERANDS = ("queries", "keys", "values", "probabilities")
@@ -79,6 +87,7 @@ PREFIX = ("tokens", "heads", "key_width", "value_width")
 LARGEST_PREFIX = 1 << 20  # entries of its keys or values
 LARGEST_HEADS = 4096  # ranges of one grid
 LARGEST_BLOCK, LARGEST_STEPS = 4096, 4096  # of a rotation in blocks
+LARGEST_LEARNED = 1 << 15  # features of a learned rotation
 LARGEST_LIST = 8 * LARGEST_ROTATION  # characters
 NUMBERS = re.compile(r"(\d{1,7}( \d{1,7})*)?")
 BLOCK_ROTATION = ("block", "seed", "first", "order", "second", "transposed")
@@ -125,7 +134,7 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, InputScheme] = field(default_factory=dict)
-    outputs: Mapping[str, Rotation] = field(default_factory=dict)
+    outputs: Mapping[str, StreamRotation] = field(default_factory=dict)
     attentions: Mapping[str, AttentionScheme] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -152,10 +161,10 @@ class Manifest:
 
     def _version(self, shares: bool) -> int:
         """Return the oldest format version that holds all of this, so that older readers read what they can."""
-        rotations = [one.rotation for one in (*self.inputs.values(), *self.attentions.values())]
-        rotations += self.outputs.values()
-        if any(isinstance(one, Rotation) and one.keeps_mean for one in rotations):
-            return VERSION_WITH_MEAN
+        rotations: list[AnyRotation | None] = [one.rotation for one in self.inputs.values()]
+        rotations += [*(one.rotation for one in self.attentions.values()), *self.outputs.values()]
+        if any(isinstance(one, LearnedRotation) or (isinstance(one, Rotation) and one.keeps_mean) for one in rotations):
+            return VERSION_LATEST
         specs = [one.activations for one in self.inputs.values()]
         specs += [getattr(one, name) for one in self.attentions.values() for name in OPERANDS]
         static = any(spec is not None and spec.ranges is not None for spec in specs)
@@ -174,9 +183,9 @@ class Manifest:
                 know, a scheme that is impossible, or a seal that differs.
         """
         version = _get(config, "format_version", int)
-        if not FORMAT_VERSION <= version <= LATEST_VERSION:
+        if not FORMAT_VERSION <= version <= VERSION_LATEST:
             raise CheckpointError(
-                f"quantization_config has format_version {version}, this release reads up to {LATEST_VERSION}; "
+                f"quantization_config has format_version {version}, this release reads up to {VERSION_LATEST}; "
                 f"load it with the release of bitmend that wrote it, or a newer one"
             )
         schemes = [_scheme_from_json(item) for item in _get(config, "schemes", list)]
@@ -200,7 +209,7 @@ class Manifest:
             inputs = {name: input_from_json(name, one, read) for name, one in _get(config, "inputs", dict).items()}
             schemes_out = {name: input_from_json(name, one) for name, one in _get(config, "outputs", dict).items()}
             for name, one in schemes_out.items():
-                if not isinstance(one.rotation, Rotation) or one.activations is not None:
+                if not isinstance(one.rotation, (Rotation, LearnedRotation)) or one.activations is not None:
                     raise CheckpointError(
                         f"quantization_config.outputs[{name!r}] must hold a rotation and nothing else"
                     )
@@ -216,7 +225,11 @@ class Manifest:
         """Refuse a version that does not know what was read."""
         needed = self._version(shares=False)
         if needed > version:
-            what = "rotations that keep the mean" if needed == VERSION_WITH_MEAN else "ranges or a prefix"
+            what = (
+                "ranges or a prefix"
+                if needed == VERSION_WITH_RANGES
+                else "rotations that keep the mean or were learned"
+            )
             raise CheckpointError(
                 f"quantization_config has format_version {version}, but holds {what}, which came with {needed}; copy "
                 "config.json again"
@@ -233,7 +246,7 @@ def quantization_config(
     tied: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     inputs: Mapping[str, InputScheme] | None = None,
-    outputs: Mapping[str, Rotation] | None = None,
+    outputs: Mapping[str, StreamRotation] | None = None,
     attentions: Mapping[str, AttentionScheme] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of a checkpoint; the writer adds the checksums of the files.
@@ -315,6 +328,9 @@ def _prefix_from_json(where: str, item: Mapping[str, Any]) -> PrefixShape:
 
 
 def _rotation_to_json(rotation: AnyRotation) -> dict[str, Any]:
+    if isinstance(rotation, LearnedRotation):
+        start = replace(rotation.base, transposed=rotation.transposed)
+        return {**_rotation_to_json(start), "holder": rotation.holder}
     if isinstance(rotation, Rotation):
         about = asdict(rotation)
         if not rotation.keeps_mean:  # as folders of version 2 have it
@@ -374,17 +390,26 @@ def _rotation_from_json(where: str, item: Mapping[str, Any], shared: Sequence[Bl
             raise CheckpointError(f"{where} names rotation {place}, but there are {len(shared)}")
         return shared[place]
     seed, sides = about.get("seed"), (_get(about, "size", int), _get(about, "inner", int))
-    if set(about) - {"keeps_mean"} != {"size", "seed", "inner", "transposed"} or not (
-        seed is None or type(seed) is int
-    ):
+    usual = {"size", "seed", "inner", "transposed"}
+    if set(about) - {"keeps_mean", "holder"} != usual or not (seed is None or type(seed) is int):
         raise CheckpointError(f"{where} must say size, seed, inner and transposed of a rotation; got {about!r:.80}")
     if not all(1 <= side <= LARGEST_ROTATION for side in sides):
         raise CheckpointError(f"{where} must rotate 1 to {LARGEST_ROTATION} features; got {sides[0]} x {sides[1]}")
+    if "holder" in about and sides[0] > LARGEST_LEARNED:
+        raise CheckpointError(f"{where} must have learned at most {LARGEST_LEARNED} features; got {sides[0]}")
     keeps_mean = _get(about, "keeps_mean", bool) if "keeps_mean" in about else False
+    transposed = _get(about, "transposed", bool)
     try:
-        return Rotation(sides[0], seed, sides[1], _get(about, "transposed", bool), keeps_mean)
+        if "holder" not in about:
+            return Rotation(sides[0], seed, sides[1], transposed, keeps_mean)
+        start = Rotation(sides[0], seed, sides[1], keeps_mean=keeps_mean)
+        return LearnedRotation(start, _not_loaded, transposed, _get(about, "holder", str))
     except ValueError as error:
         raise CheckpointError(f"{where} is impossible: {error}") from error
+
+
+def _not_loaded() -> Tensor:
+    raise CheckpointError("the codes of a learned rotation lie in the weight files; load the model")
 
 
 def _activations_to_json(spec: ActivationSpec) -> dict[str, Any]:

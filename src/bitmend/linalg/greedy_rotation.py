@@ -194,6 +194,3 @@ def fit_block_rotation(
     order = zigzag(turned.abs().amax(0), block)
     second = greedy_steps(turned[:, order], block, seed, most)
     return BlockRotation(block, seed, first, tuple(order.tolist()), second)
-
-
-AnyRotation = Rotation | BlockRotation

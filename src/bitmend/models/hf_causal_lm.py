@@ -65,6 +65,7 @@ class HfCausalLm:
         self.dtype = source.dtype
         self.device = source.device
         self._source = source
+        self._trusted = False
         self._blocks = self._load_outside()
         self.block_names = self._blocks.names
         self._form = self._probe()
@@ -112,7 +113,14 @@ class HfCausalLm:
         model = empty_model(config, dtype, trust_remote_code, held)
         unpack_experts_(model)
         buffers_to(model, device)
-        return cls(model, folder, config, TensorSource(model, weights, dtype=dtype, device=device))
+        opened = cls(model, folder, config, TensorSource(model, weights, dtype=dtype, device=device))
+        opened._trusted = trust_remote_code
+        return opened
+
+    def reopened(self, dtype: torch.dtype) -> "HfCausalLm":
+        """Return the same model opened once more, in another dtype."""
+        trusted = self._trusted
+        return type(self).open(self.folder, dtype=dtype, device=self.device, trust_remote_code=trusted)
 
     # ------------------------------------------------------------------------------------------ weights
     def load_block(self, index: int) -> nn.Module:
@@ -184,6 +192,12 @@ class HfCausalLm:
         self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
     ) -> Float[Tensor, "batch sequence vocabulary"]:
         """Run everything after the last block."""
+        return self.forward_logits(hidden, batch)
+
+    def forward_logits(
+        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
+    ) -> Float[Tensor, "batch sequence vocabulary"]:
+        """Run everything after the last block with gradients, if they are on."""
         last = len(self.block_names) - 1
 
         def replace(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -106,6 +106,21 @@ class ActivationSpec:
         levels, scale, _ = self._nearest(values)
         return (levels * scale).reshape(values.shape).to(values.dtype)
 
+    def round_with_gradient(self, values: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        """Return what `round` returns; a gradient passes as if values inside the grid were not rounded.
+
+        It passes through the scales, too: a smaller largest magnitude makes finer steps. (Public code of rotations that are
+        learned lets it pass through the values alone, and so never sees that.)
+        """
+        with torch.no_grad():
+            levels, _, _ = self._nearest(values)
+        groups, scale, zero_point = self._grid_of(values)
+        offset = torch.zeros_like(scale) if zero_point is None else zero_point
+        steps = groups / torch.where(scale == 0, 1.0, scale)
+        inside = torch.minimum(torch.maximum(steps, self._grid.min_code - offset), self._grid.max_code - offset)
+        rounded = scale * (inside + (levels - inside).detach())
+        return rounded.reshape(values.shape).to(values.dtype)
+
     def encode(self, values: Float[Tensor, "*batch features"]) -> TokenCodes:
         """Return what `round` rounds to, to be kept.
 
@@ -145,31 +160,33 @@ class ActivationSpec:
 
     def _nearest(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return levels (*batch, groups, size), in units of the scales, the scales and zero points (*batch, groups, 1)."""
-        width = values.shape[-1]
-        self.check_width(width)
+        groups, scale, zero_point = self._grid_of(values)
+        levels = self._grid.nearest_levels(groups, scale, zero_point)
         if self.ranges is not None:
-            scale = self._kept(self._largest(values) * (self.clip_ratio / self._grid.max_code))
-            groups = values.float().unsqueeze(-2)
             # What is not finite would end at the end of the grid, unseen; here it spoils its token, as it does elsewhere.
             spoilt = groups.sum(-1, keepdim=True) * 0
-            levels = self._grid.nearest_levels(groups, scale.unsqueeze(-1), None).add_(spoilt)
-            return levels, scale.unsqueeze(-1) + spoilt, None
-        size = width if self.group_size == -1 else self.group_size
+            return levels.add_(spoilt), scale + spoilt, None
+        return levels, scale, zero_point
+
+    def _grid_of(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the values in groups (*batch, groups, size), their scales and zero points (*batch, groups, 1)."""
+        width = values.shape[-1]
+        self.check_width(width)
         grid = self._grid
+        if self.ranges is not None:
+            scale = self._kept(self._largest(values) * (self.clip_ratio / grid.max_code))
+            return values.float().unsqueeze(-2), scale.unsqueeze(-1), None
+        size = width if self.group_size == -1 else self.group_size
         groups = values.float().reshape(*values.shape[:-1], width // size, size)
         if self.symmetric:
-            scale = self._kept(groups.abs().amax(-1, keepdim=True) * (self.clip_ratio / grid.max_code))
-            zero_point = None
-        else:
-            # The range always holds 0, which is then a level of its own.
-            low = groups.amin(-1, keepdim=True).clamp(max=0) * self.clip_ratio
-            high = groups.amax(-1, keepdim=True).clamp(min=0) * self.clip_ratio
-            scale = self._kept((high - low) / (grid.max_code - grid.min_code))
-            zero_point = grid.min_code - torch.round(low / torch.where(scale == 0, 1.0, scale))
-            zero_point = zero_point.clamp(
-                grid.min_code, grid.max_code
-            )  # a scale that was rounded down may leave the codes
-        return grid.nearest_levels(groups, scale, zero_point), scale, zero_point
+            return groups, self._kept(groups.abs().amax(-1, keepdim=True) * (self.clip_ratio / grid.max_code)), None
+        # The range always holds 0, which is then a level of its own.
+        low = groups.amin(-1, keepdim=True).clamp(max=0) * self.clip_ratio
+        high = groups.amax(-1, keepdim=True).clamp(min=0) * self.clip_ratio
+        scale = self._kept((high - low) / (grid.max_code - grid.min_code))
+        zero_point = grid.min_code - torch.round(low / torch.where(scale == 0, 1.0, scale))
+        # A scale that was rounded down may leave the codes.
+        return groups, scale, zero_point.clamp(grid.min_code, grid.max_code)
 
     def _largest(self, values: Tensor) -> Tensor:
         """Return the range of all tokens, to be broadcast over (*batch, groups)."""

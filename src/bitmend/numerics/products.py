@@ -62,6 +62,34 @@ class FastLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class FastLinearWithGradient(TorchFunctionMode):
+    """While active, every `torch.nn.functional.linear` in reach goes through `linear`, gradients of its input likewise.
+
+    Weights and biases are taken as fixed: they get no gradients.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and args[1].ndim == 2 and not args[1].requires_grad:
+            if torch.is_grad_enabled():
+                return _LinearInInputs.apply(*args, **(kwargs or {}))  # type: ignore[no-untyped-call]
+            return linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _LinearInInputs(torch.autograd.Function):
+    """`linear` as a function of its inputs alone."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        context.save_for_backward(weight)
+        return linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = context.saved_tensors
+        return linear(gradients[0], weight.T), None, None
+
+
 @cache
 def onednn_is_slower() -> bool:
     """Return whether float32 products are better left to torch's own library (which they are where there is no oneDNN)."""

@@ -13,6 +13,7 @@ from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.errors import NumericsError, ResumeError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
 from bitmend.pipeline.block_rounding import BlockRounding
+from bitmend.pipeline.learning import learn
 from bitmend.pipeline.machine import return_free_memory
 from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
 from bitmend.pipeline.prefix import Prefix, choose_prefix, first_token_of
@@ -159,11 +160,26 @@ class _Loop:
                 )
             self.report.events.append(event)
             self.prefix = Prefix(self.adapter, tokens) if tokens else None
+        if self.transforms.learning:
+            with self.timed("learn"):
+                self._learn_(batches, progress)
         with self.timed("embed"):
             self.transforms.begin_()
             if self.prefix is not None:
                 self.prefix.begin_()
         self.report.events += self.transforms.events
+
+    def _learn_(self, batches: Sequence[tuple[TokenBatch, bool]], progress: Progress) -> None:
+        """Let transforms learn on the whole network, or take what the journal holds of it."""
+        learned = None if self.journal is None else self.journal.learned()
+        if learned is None:
+            learned = learn(
+                self.adapter, self.transforms, batches, self.recipe.activation_spec, trace_batch(), progress
+            )
+            return_free_memory()
+            if self.journal is not None:
+                self.journal.keep_learned(learned)
+        self.transforms.take_(learned)
 
     def run_block(self, index: int, streams: DualStream | None) -> QuantisedBlock:
         started = time.perf_counter()

@@ -319,7 +319,7 @@ def build_part(registry: Registry[Any], keys: Mapping[str, Any]) -> Any:
     if not isinstance(keys.get("name"), str):
         raise RecipeError(f"a {registry.kind} must have a name, for example name = 'gptq'; got {dict(keys)}")
     part = registry[keys["name"]]
-    fields = {field.name for field in dataclasses.fields(part)}
+    fields = {field.name for field in dataclasses.fields(part) if field.init}
     given = {key: value for key, value in keys.items() if key != "name"}
     for key in given:
         if key not in fields:

@@ -6,6 +6,7 @@ In `OUTPUT.partial/`:
 |---|---|
 | `journal/journal.json` | fingerprint of the run, and whether it may replace an older OUTPUT |
 | `journal/BBBB-SSSS.safetensors` | site S, in execution order, of the block B under way: codes, scales, report, events |
+| `journal/learned.safetensors` | what transforms have learned before the first block |
 | `parts/BBBB.safetensors` | the finished block B: all its tensors, reports and events |
 
 Each file is written in one step (`formats/record.py`). A finished block takes the place of its sites. What is believed is
@@ -50,7 +51,7 @@ from bitmend.protocols import BlockReport, Event, RunReport, SiteReport, Solutio
 from bitmend.sites import Block
 
 JOURNAL_VERSION = 2
-FOLDER, HEAD = "journal", "journal.json"
+FOLDER, HEAD, LEARNED = "journal", "journal.json", "learned.safetensors"
 SUFFIX = ".safetensors"
 START_AGAIN = "pass --overwrite to start again, or choose another output"
 
@@ -162,6 +163,25 @@ class Journal:
             f"{self.num_finished} finished blocks and {self._num_sites} finished matrices of the next one are kept in "
             f"{self._writer.partial}; the same command with --resume goes on"
         )
+
+    # ------------------------------------------------------------------------------------------ what transforms learned
+    def keep_learned(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write what transforms have learned to disk.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        try:
+            write_record(self._folder / LEARNED, tensors, {})
+        except OSError as error:
+            raise output_error(self._writer.output, error) from error
+
+    def learned(self) -> dict[str, Tensor] | None:
+        """Return what an earlier process has learned, or None where it has not, or where the file is damaged."""
+        try:
+            return read_record(self._folder / LEARNED)[0] if (self._folder / LEARNED).is_file() else None
+        except CheckpointError:
+            return None
 
     # ------------------------------------------------------------------------------------------ finished blocks
     def keep_block(self, block: QuantisedBlock) -> None:

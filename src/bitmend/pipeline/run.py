@@ -154,7 +154,7 @@ def quantize(
             ends = quantise_ends(adapter, plan)
             for name, qtensor in ends.quantised.items():
                 entries[name] = entry_of(qtensor, ends.kinds[name])
-            writer.add("outside", ends.tensors)
+            writer.add("outside", ends.tensors | transforms.tensors)
             report.seconds |= journal.seconds_before_resume()
             report.seconds["total"] = time.perf_counter() - started + report.seconds.get("before_resume", 0.0)
             report.peak_memory_bytes = peak_memory_bytes()

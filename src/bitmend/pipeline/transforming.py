@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bitmend.calibrate.dual_stream import DualStream
 from bitmend.errors import ModelError, NumericsError, RecipeError
-from bitmend.linalg.greedy_rotation import AnyRotation
-from bitmend.linalg.hadamard import Rotation
+from bitmend.linalg.rotations import AnyRotation, StreamRotation
 from bitmend.online import InputScheme, attach_input, attach_output
 from bitmend.pipeline.per_site import finite_weight
 from bitmend.pipeline.transform_guard import TransformGuard
@@ -25,6 +24,7 @@ from bitmend.protocols import (
     BlockInputs,
     Calibrated,
     Event,
+    LearningTransform,
     ModelAdapter,
     ModelTransform,
     TokenBatch,
@@ -61,6 +61,7 @@ class Transforms:
     Attributes:
         inputs: path in the model -> rotation of what a module reads, around the blocks.
         outputs: path in the model -> rotation of what a module gives, around the blocks.
+        tensors: name in the model -> what must lie in the files for these.
         events: what the user must be told of the ends.
         guard: judges transforms on held-out rows; None keeps them all.
     """
@@ -80,13 +81,30 @@ class Transforms:
         self._parts = list(zip(parts, forced or [False] * len(parts), strict=True))
         self._begun = False
         self._rotating: Transform | None = None  # the one that rotates the residual stream
-        self._rotation: Rotation | None = None
+        self._rotation: StreamRotation | None = None
         self._on_block: list[RemovableHandle] = []
         self._at_first: list[TransformReport] = []
         self.guard: TransformGuard | None = None
         self.inputs: dict[str, AnyRotation] = {}
-        self.outputs: dict[str, Rotation] = {}
+        self.outputs: dict[str, StreamRotation] = {}
+        self.tensors: dict[str, Tensor] = {}
         self.events: list[Event] = []
+
+    @property
+    def learning(self) -> dict[int, LearningTransform]:
+        """Those that learn before anything is transformed, by their place in the recipe."""
+        return {place: part for place, (part, _) in enumerate(self._parts) if isinstance(part, LearningTransform)}
+
+    def take_(self, learned: Mapping[str, Tensor]) -> None:
+        """Let the transforms that learn apply what they have learned.
+
+        Args:
+            learned: by place in the recipe, a full stop, and the transform's own name.
+        """
+        for place, part in self.learning.items():
+            start = f"{place}."
+            own = {name.removeprefix(start): tensor for name, tensor in learned.items() if name.startswith(start)}
+            self._parts[place] = (part.with_learned(own), self._parts[place][1])
 
     def begin_(self) -> None:
         """Transform what lies around the blocks, if that has not been done; all blocks must be transformed from here on.
@@ -120,6 +138,7 @@ class Transforms:
         _attach(ends.model, done)
         self.inputs |= done.inputs
         self.outputs |= done.outputs
+        self.tensors |= done.tensors
         self.events += done.events
         if part.exact:
             _prove(part, "the embedding", hidden, adapter.block_inputs(self._batch).hidden)
@@ -199,7 +218,9 @@ class Transforms:
             found.events += done.events
         return found
 
-    def _begin_judging(self, block: Block, streams: Calibrated | None, turn: Rotation | None) -> "_Judging | None":
+    def _begin_judging(
+        self, block: Block, streams: Calibrated | None, turn: StreamRotation | None
+    ) -> "_Judging | None":
         if self.guard is None or not self.guard.positions or not isinstance(streams, DualStream):
             return None
         hidden = [streams.x_q[position].to(streams.device) for position in self.guard.positions]
@@ -266,7 +287,7 @@ def _prove(part: Transform, where: str, wanted: Tensor, got: Tensor) -> None:
 class _Turned:
     """The calibration rows in front of a block whose turn to be rotated is still to come."""
 
-    def __init__(self, streams: DualStream, turn: Rotation) -> None:
+    def __init__(self, streams: DualStream, turn: StreamRotation) -> None:
         self._streams, self._turn = streams, turn
 
     def largest_inputs(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -276,7 +297,7 @@ class _Turned:
         return self._streams.some_inputs(block, paths, count, self._turn.apply)
 
 
-def _turned(streams: Calibrated | None, turn: Rotation | None) -> Calibrated | None:
+def _turned(streams: Calibrated | None, turn: StreamRotation | None) -> Calibrated | None:
     return _Turned(streams, turn) if isinstance(streams, DualStream) and turn is not None else streams
 
 

@@ -14,8 +14,10 @@ from bitmend.testing.laws.transform import TRANSFORM_LAWS, applying_is_repeatabl
 BATCH = TokenBatch(torch.arange(3, 27).view(2, 12))
 # Norms that stand behind what is added to the residual stream do not let a rotation of it pass; and in opt-projected the
 # residual stream itself is read by layers.
+NOT_ROTATED = {"gemma2", "gemma3", "opt-projected"}
 REFUSED = {
-    "quarot": {"gemma2", "gemma3", "opt-projected"},
+    "quarot": NOT_ROTATED,
+    "spinquant": NOT_ROTATED,
     "smooth": {"opt-projected"},
 }
 
