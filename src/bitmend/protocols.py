@@ -323,7 +323,14 @@ class OpenNetwork(Protocol):
 
 @runtime_checkable
 class LearningTransform(Transform, Protocol):
-    """A transform that learns something on the whole network before the first block is transformed."""
+    """A transform that learns something on the whole network before the first block is transformed.
+
+    Attributes:
+        num_passes: calibration rows that pass the network with gradients, counted each time; for the forecast.
+    """
+
+    @property
+    def num_passes(self) -> int: ...
 
     def learn(self, network: OpenNetwork, progress: Progress) -> dict[str, Tensor]:
         """Return what was learned, by names of its own."""

@@ -182,3 +182,35 @@ def test_ranges_of_heads_need_as_many_heads():
         spec.round(torch.randn(1, 3, 4, 8))
     with pytest.raises(RecipeError, match="2 ranges need values of as many heads"):
         spec.round(torch.randn(4, 8))
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+def test_gradient_of_rounding_by_hand():
+    # Four bits, largest 1: steps of 1/7. 0.3 is 2.1 steps and goes to 2: what it gives is 0.3 - 0.1 steps, so that it moves
+    # with 0.3 as such, and with the largest by -0.1 / 7.
+    values = torch.tensor([[1.0, 0.3]], dtype=torch.float64, requires_grad=True)
+    ActivationSpec(4).round_with_gradient(values)[0, 1].backward()
+    assert values.grad[0].tolist() == pytest.approx([-0.1 / 7, 1.0], abs=1e-6)
+    # Clipped to a half, the largest goes to the end of the grid, which moves half as fast as it does.
+    values = torch.tensor([[1.0, 0.3]], dtype=torch.float64, requires_grad=True)
+    ActivationSpec(4, clip_ratio=0.5).round_with_gradient(values)[0, 0].backward()
+    assert values.grad[0].tolist() == pytest.approx([0.5, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ActivationSpec(4),
+        ActivationSpec(3, symmetric=False, group_size=4, clip_ratio=0.9),
+        ActivationSpec(4, scale_bits=16),
+        ActivationSpec(4, ranges=(1.5,), clip_ratio=0.8),
+    ],
+    ids=str,
+)
+def test_rounding_with_a_gradient_rounds_alike(spec):
+    values = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    values[2] = 0
+    found = spec.round_with_gradient(values.requires_grad_())
+    torch.testing.assert_close(found, spec.round(values.detach()), rtol=1e-6, atol=1e-6)
+    found.sum().backward()
+    assert bool(values.grad.isfinite().all())

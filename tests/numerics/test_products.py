@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitmend.numerics import products
-from bitmend.numerics.products import FastLinear, linear
+from bitmend.numerics.products import FastLinear, FastLinearWithGradient, linear, product
 
 
 def assert_close(found, expected):
@@ -126,3 +126,28 @@ def test_parts_of_other_tensors_are_copied_first(monkeypatch):
     for inputs, weight in ((x[:, 2:6], x[3:7, 1:5]), (x.T[:4], x.T[4:]), (x.T, x.T)):
         assert_close(linear(inputs, weight), inputs.double() @ weight.double().T)
     assert seen == [True] * 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_with_a_gradient_of_their_inputs(bias):
+    layer = torch.nn.Linear(5, 3, bias=bias)
+    inputs = torch.randn(2, 4, 5)
+    found, wanted = (inputs.clone().requires_grad_() for _ in range(2))
+    (layer(wanted).square().sum()).backward()
+    layer.requires_grad_(False)
+    with FastLinearWithGradient():
+        result = layer(found)
+        torch.testing.assert_close(result, layer(inputs))
+    (result.square().sum()).backward()
+    torch.testing.assert_close(found.grad, wanted.grad)
+
+
+def test_products_with_gradients_of_both():
+    draw = torch.Generator().manual_seed(0)
+    left, right, weights = (torch.randn(*shape, generator=draw) for shape in ((4, 5), (5, 3), (4, 3)))
+    pairs = [[one.clone().requires_grad_() for one in (left, right)] for _ in range(2)]
+    (product(*pairs[0]) * weights).sum().backward()
+    (pairs[1][0] @ pairs[1][1] * weights).sum().backward()
+    torch.testing.assert_close(product(left, right), left @ right)
+    for found, wanted in zip(*pairs, strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)

@@ -90,6 +90,28 @@ class _LinearInInputs(torch.autograd.Function):
         return linear(gradients[0], weight.T), None, None
 
 
+def product(left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
+    """Return `left right` by the same way, with gradients of both."""
+    result: Tensor = _Product.apply(left, right)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, left: Tensor, right: Tensor) -> Tensor:
+        context.save_for_backward(left, right)
+        return linear(left, right.T)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (left, right), (of_left, of_right) = context.saved_tensors, context.needs_input_grad
+        (gradient,) = gradients
+        return (
+            linear(gradient, right) if of_left else None,
+            linear(left.T, gradient.T) if of_right else None,
+        )
+
+
 @cache
 def onednn_is_slower() -> bool:
     """Return whether float32 products are better left to torch's own library (which they are where there is no oneDNN)."""

@@ -15,6 +15,8 @@ PACKED = 2
 SECONDS_A_FILE = 0.02
 # Copies, checksums and comparison of the finished files, bytes a second; SHA-256 is the slowest part of it.
 FINISH_RATE = 3e8
+# Passes of a row while rotations are learned; the last stands for rounding and turning what layers read.
+LEARNT_PASSES = 5
 # Errors that the proof measures: of the candidate on the fit rows; of it and of its base on the held-out rows.
 PROOFS, PROOFS_HELD_OUT = 1, 2
 
@@ -34,7 +36,7 @@ def seconds_of(facts: Facts, rates: Rates, *, finished_blocks: int = 0, before: 
     whole = sum(block.count * _whole_passes(facts, block) for block in facts.blocks)
     moments = sum(block.count * _moments(facts, block, rates) for block in facts.blocks)
     solve = sum(block.count * _solve(facts, block, rates) for block in facts.blocks)
-    prepare = sum(block.count * _before_solving(facts, block) for block in facts.blocks)
+    prepare = sum(block.count * (_before_solving(facts, block) + _learning(facts, block)) for block in facts.blocks)
     found = {
         "open": before,
         "load": load,
@@ -82,6 +84,14 @@ def _before_solving(facts: Facts, block: BlockShape) -> float:
     length = max(batch.length for batch in facts.batches)
     tokens = facts.rows_before * length
     return _layers(block.forward, block, tokens) + _attention(block.forward, block, tokens, length)
+
+
+def _learning(facts: Facts, block: BlockShape) -> float:
+    """Seconds of what transforms learn at a block: without rounding, with it, with it again, and the gradient."""
+    if block.forward is None or facts.learning is None:
+        return 0.0
+    tokens, length = facts.learning.rows * facts.learning.length, facts.learning.length
+    return LEARNT_PASSES * (_layers(block.forward, block, tokens) + _attention(block.forward, block, tokens, length))
 
 
 def _whole(facts: Facts, batch: BatchShape) -> int:

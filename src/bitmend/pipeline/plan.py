@@ -23,7 +23,7 @@ from bitmend.numerics.uniform import UniformGrid
 from bitmend.pipeline import machine
 from bitmend.pipeline.block_rounding import SEARCH_ROWS, USUAL_RATIOS
 from bitmend.pipeline.ends import end_shapes
-from bitmend.pipeline.forecast import BatchShape, BlockShape, Facts, Forecast, SiteShape, forecast
+from bitmend.pipeline.forecast import BatchShape, BlockShape, Facts, Forecast, Learning, SiteShape, forecast
 from bitmend.pipeline.forecast_time import seconds_of
 from bitmend.pipeline.per_site import BOTH_STREAMS, FULL_PRECISION_STREAM
 from bitmend.pipeline.prefix import ROWS_LOOKED_AT
@@ -31,7 +31,7 @@ from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.rates import Rates, measure_rates
 from bitmend.pipeline.recipe import SEARCH, Recipe
 from bitmend.pipeline.transform_guard import GUARD_ROWS
-from bitmend.protocols import ModelAdapter, TokenBatch
+from bitmend.protocols import LearningTransform, ModelAdapter, TokenBatch
 
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
 TIMED_MACS = 4e9
@@ -190,9 +190,18 @@ def gather_facts(
         rows_before=_rows_before(recipe, batches, len(blocks[0].groups)) if batches else 0,
         on_device=device.type != "cpu",
         widened=device.type == "cpu" and adapter.dtype == torch.bfloat16 and bfloat16_is_slower(),
+        learning=_learning(adapter, recipe, batches),
         held_bytes=held,
         opening_bytes=opening,
     )
+
+
+def _learning(adapter: ModelAdapter, recipe: Recipe, batches: Sequence[BatchShape]) -> Learning | None:
+    rows = sum(part.num_passes for part in recipe.build_transforms() if isinstance(part, LearningTransform))
+    if not rows or not batches:
+        return None
+    vocabulary = adapter.model.get_submodule(adapter.embedding_name).get_parameter("weight").shape[0]
+    return Learning(rows, max(batch.length for batch in batches), vocabulary)
 
 
 def _rows_before(recipe: Recipe, batches: Sequence[BatchShape], groups: int) -> int:

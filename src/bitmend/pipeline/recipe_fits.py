@@ -7,7 +7,7 @@ from bitmend.models.experts import refuse_packed
 from bitmend.numerics.granularity import num_groups
 from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.recipe import Recipe
-from bitmend.protocols import ModelAdapter
+from bitmend.protocols import LearningTransform, ModelAdapter
 from bitmend.sites import AttentionSite, Block
 
 
@@ -33,6 +33,12 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
         RecipeError: a group size that does not fit a site (named), an override that matches nothing.
         ModelError: packed experts in a form that cannot be quantised, or attention that cannot be rounded but is to be.
     """
+    for keys, part in zip(recipe.transforms, recipe.build_transforms(), strict=True):
+        if isinstance(part, LearningTransform) and recipe.activations is None:
+            raise RecipeError(
+                f"the transform {keys['name']} learns from the rounding of activations, but the recipe rounds none; set "
+                "activations.bits, or take another transform"
+            )
     found = _find(adapter, attend=recipe.changes_attention)
     for name, width in found.widths.items():
         _check_site(recipe, adapter, name, width)

@@ -27,6 +27,7 @@ from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.learned_rotation import LearnedRotation, codes_of, learned_size, rotated_by
 from bitmend.linalg.rotations import StreamRotation
 from bitmend.numerics.activations import ActivationSpec
+from bitmend.numerics.products import product
 from bitmend.protocols import TRANSFORMS, Calibrated, OpenNetwork, Progress, Transformed
 from bitmend.rotating import (
     block_centres,
@@ -118,6 +119,11 @@ class SpinQuant:
         return Rotation(hidden, self.seed, keeps_mean=centres)
 
     # ------------------------------------------------------------------------------------------ learned
+    @property
+    def num_passes(self) -> int:
+        """Rows that pass the network with gradients."""
+        return self.steps * self.rows
+
     def learn(self, network: OpenNetwork, progress: Progress) -> dict[str, Tensor]:
         """Return the codes of the rotations, learned on rounded activations.
 
@@ -215,11 +221,15 @@ class _Learning:
         for norm, paths in wiring.readers.items():
             layers = {f"{block.name}.{path}": block.module.get_submodule(path) for path in paths}
             fold_norm_(block.module.get_submodule(norm), f"{block.name}.{norm}", layers, wiring.hidden)
+            shared: dict[ActivationSpec, Callable[[Tensor], Tensor]] = {}
             for path in paths:
                 spec = self._network.rounding(block, path)
-                if spec is not None:
-                    self._starts[RESIDUAL] = start
-                    self._round_in(block, path, spec, lambda: self._made[RESIDUAL], None)
+                if spec is None:
+                    continue
+                self._starts[RESIDUAL] = start
+                if spec not in shared:
+                    shared[spec] = _once(self._rounder(spec, lambda: self._made[RESIDUAL], None))
+                self._rounded.append((block.module.get_submodule(path), shared[spec]))
 
     def _read_writers(self, block: Block, wiring: Wiring) -> None:
         part, values = self._part, wiring.values
@@ -233,20 +243,17 @@ class _Learning:
                 name = _of_values(block)
                 self._starts[name] = Rotation(values.head_dim)
                 matrix = _reader(self._made_of, name)
-            if matrix is not None or online is not None:
-                self._round_in(block, path, spec, matrix, online)
+            rounded = self._rounder(spec, matrix, online)
+            self._rounded.append((block.module.get_submodule(path), rounded))
 
     def _made_of(self, name: str) -> Tensor:
         return self._made[name]
 
-    def _round_in(
-        self,
-        block: Block,
-        path: str,
-        spec: ActivationSpec,
-        matrix: Callable[[], Tensor] | None,
-        online: Rotation | None,
-    ) -> None:
+    def _rounder(
+        self, spec: ActivationSpec, matrix: Callable[[], Tensor] | None, online: Rotation | None
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what rounds in a rotated basis: first by a matrix under way, if any, then by one that stays."""
+
         def rounded(values: Tensor) -> Tensor:
             turn = None if matrix is None else matrix()
             turned = values if turn is None else _in_blocks(values, turn)
@@ -255,7 +262,7 @@ class _Learning:
             turned = turned if online is None else online.inverse.apply(turned)
             return turned if turn is None else _in_blocks(turned, turn.T)
 
-        self._rounded.append((block.module.get_submodule(path), rounded))
+        return rounded
 
     def _rounding(self) -> ExitStack:
         hooks = ExitStack()
@@ -272,6 +279,18 @@ def _hook(rounded: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any
     return lambda module, arguments: (rounded(arguments[0]), *arguments[1:])
 
 
+def _once(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return `compute` for layers that are given the very same tensor one after the other: computed for the first."""
+    last: list[Tensor] = []
+
+    def result(values: Tensor) -> Tensor:
+        if not last or last[0] is not values:
+            last[:] = [values, compute(values)]
+        return last[1]
+
+    return result
+
+
 def _in_blocks(values: Tensor, matrix: Tensor) -> Tensor:
     """Return each block of features, as wide as the matrix, times the matrix."""
-    return (values.reshape(-1, len(matrix)) @ matrix).reshape(values.shape)
+    return product(values.reshape(-1, len(matrix)), matrix).reshape(values.shape)
