@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bitmend.linalg.hadamard import Rotation
-from bitmend.linalg.rotations import AnyRotation, StreamRotation
+from bitmend.linalg.learned_rotation import AnyRotation, StreamRotation
 from bitmend.numerics.activations import ActivationSpec
 
 _PUT_OFF = "_bitmend_rounding_put_off"  # on a module

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bitmend.linalg.learned_rotation import AnyRotation, StreamRotation
 from bitmend.linalg.moments import Moments
-from bitmend.linalg.rotations import AnyRotation, StreamRotation
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from bitmend.errors import ModelError
 from bitmend.linalg.hadamard import Rotation
-from bitmend.linalg.learned_rotation import LearnedRotation
-from bitmend.linalg.rotations import StreamRotation
+from bitmend.linalg.learned_rotation import LearnedRotation, StreamRotation
 from bitmend.online import ROTATION_CODES
 from bitmend.protocols import Transformed
 from bitmend.sites import (

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitmend.linalg.rotations import AnyRotation
+from bitmend.linalg.learned_rotation import AnyRotation
 from bitmend.routing import Expert
 
 PIECE_ENTRIES = 1 << 20  # of a matrix, rotated at a time: in float64 at once it would be four times the matrix

@@ -27,8 +27,7 @@ from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
 from bitmend.formats.safetensors_file import TensorRecord
 from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
-from bitmend.linalg.learned_rotation import LearnedRotation, learned_size, num_codes
-from bitmend.linalg.rotations import AnyRotation, StreamRotation
+from bitmend.linalg.learned_rotation import AnyRotation, LearnedRotation, StreamRotation, learned_size, num_codes
 from bitmend.models.attention import attach_attention, hold_prefix_, use_rounding_attention_
 from bitmend.models.experts import experts_of, unpack_experts_
 from bitmend.numerics.activations import ActivationSpec

@@ -70,8 +70,7 @@ from torch import Tensor
 from bitmend.errors import CheckpointError, RecipeError, RequestError
 from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
-from bitmend.linalg.learned_rotation import LearnedRotation
-from bitmend.linalg.rotations import AnyRotation, StreamRotation
+from bitmend.linalg.learned_rotation import AnyRotation, LearnedRotation, StreamRotation
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from bitmend.numerics.qtensor import QuantSpec

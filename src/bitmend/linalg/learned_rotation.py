@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor
 
+from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation, mean_to_first
 
 STEP = 2.0**-14  # of a code; the entries of A reach from -2 to 2
@@ -137,3 +138,7 @@ def rotated_by(base: Rotation, upper: Float[Tensor, "learned learned"]) -> Float
         beside[0, 0] = 1
         turn = mean_to_first(mean_to_first(beside).T).T
     return base.matrix().to(turn) @ turn
+
+
+AnyRotation = Rotation | BlockRotation | LearnedRotation  # that may be at work while a model runs
+StreamRotation = Rotation | LearnedRotation  # of the residual stream

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitmend.calibrate.dual_stream import DualStream, real_tokens
 from bitmend.errors import NumericsError
-from bitmend.linalg.rotations import AnyRotation
+from bitmend.linalg.learned_rotation import AnyRotation
 from bitmend.models.attention import attach_attention, watching
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.online import AttentionScheme, InputScheme, PrefixShape, attach_input

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bitmend.calibrate.dual_stream import DualStream
 from bitmend.errors import ModelError, NumericsError, RecipeError
-from bitmend.linalg.rotations import AnyRotation, StreamRotation
+from bitmend.linalg.learned_rotation import AnyRotation, StreamRotation
 from bitmend.online import InputScheme, attach_input, attach_output
 from bitmend.pipeline.per_site import finite_weight
 from bitmend.pipeline.transform_guard import TransformGuard

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from bitmend.errors import CalibrationError, RecipeError
 from bitmend.linalg.greedy_rotation import fit_block_rotation
-from bitmend.linalg.rotations import AnyRotation
+from bitmend.linalg.learned_rotation import AnyRotation
 from bitmend.protocols import TRANSFORMS, Calibrated, Transformed
 from bitmend.sites import Block, Wiring, read_by_all, rotate_inputs_
 

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from bitmend.errors import NumericsError, RecipeError
 from bitmend.linalg.hadamard import Rotation
-from bitmend.linalg.learned_rotation import LearnedRotation, codes_of, learned_size, rotated_by
-from bitmend.linalg.rotations import StreamRotation
+from bitmend.linalg.learned_rotation import LearnedRotation, StreamRotation, codes_of, learned_size, rotated_by
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.products import product
 from bitmend.protocols import TRANSFORMS, Calibrated, OpenNetwork, Progress, Transformed
@@ -66,7 +65,7 @@ class SpinQuant:
     needs_rows: ClassVar[bool] = True
     seed: int = 0
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    rows: Annotated[int, Field(ge=1, le=4096)] = 8
+    rows: Annotated[int, Field(ge=1, le=4096)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
     residual: bool = True
     values: bool = True

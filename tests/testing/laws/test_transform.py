@@ -35,7 +35,7 @@ def folders(tiny, tmp_path_factory):
 
 
 # Transforms that take seconds a block: on one family of a kind in `make test`, on all in `make test-slow`.
-SLOW = {"duquant"}
+SLOW = {"duquant", "spinquant"}  # before it has learned anything, spinquant is quarot
 OF_EACH_KIND = {"llama", "gpt2", "qwen2-moe"}
 
 
