@@ -61,6 +61,12 @@ def test_norms_that_centre_are_known_by_what_they_do():
     gain, bias = centring_norm(nn.LayerNorm(6, elementwise_affine=False), 6)
     assert gain.tolist() == [1.0] * 6
     assert bias.tolist() == [0.0] * 6
+    norm.register_forward_hook(
+        lambda module, arguments, output: (
+            output + (arguments[0] - arguments[0].mean(-1, True)) / arguments[0].std(-1, correction=0, keepdim=True)
+        )
+    )  # one more than its weight
+    torch.testing.assert_close(centring_norm(norm, 6)[0], norm.weight.detach() + 1)
     assert centring_norm(nn.RMSNorm(6), 6) is None
     assert centring_norm(nn.GroupNorm(2, 6), 6) is None
 

@@ -158,10 +158,12 @@ def fold_norm_(norm: nn.Module, name: str, readers: dict[str, nn.Module], hidden
     for path, layer in readers.items():
         _shift_(layer, path, name, bias)
         _scale_inputs_(layer, gain)
+    weight = getattr(norm, "weight", None)
     with torch.no_grad():
-        for tensor, value in ((getattr(norm, "weight", None), 1.0), (getattr(norm, "bias", None), 0.0)):
-            if tensor is not None:
-                tensor.fill_(value)
+        if weight is not None:
+            weight.fill_(1.0 if torch.equal(gain, weight.detach().double()) else 0.0)
+        if getattr(norm, "bias", None) is not None:
+            norm.get_parameter("bias").zero_()
 
 
 def rotate_outputs_(layer: nn.Module, rotation: StreamRotation) -> None:

@@ -153,7 +153,10 @@ def centring_norm(
     if gain.shape != nought.shape or bias.shape != nought.shape:
         return None
     slack = 0.05 if reference.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    return (gain, bias) if torch.allclose(given, centred * gain + bias, rtol=slack, atol=slack) else None
+    for found in (gain, gain + 1):  # the stored weight may stand for 1 + weight
+        if torch.allclose(given, centred * found + bias, rtol=slack, atol=slack):
+            return found, bias
+    return None
 
 
 def scale_norm_(norm: nn.Module, factors: Float[Tensor, " features"]) -> None:

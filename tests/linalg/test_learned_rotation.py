@@ -79,3 +79,21 @@ def test_gradients_of_the_matrix(base):
 def test_where_learning_cannot_start(base):
     with pytest.raises(ValueError, match="starts from one of single features that is not undone"):
         LearnedRotation(base, lambda: torch.zeros(6, dtype=torch.int16))
+
+
+def test_other_codes_in_the_same_place_are_another_rotation():
+    codes = torch.full((1,), 1000, dtype=torch.int16)
+    rotation = LearnedRotation(Rotation(2), lambda: codes)
+    values = torch.tensor([[1.0, 2.0]])
+    before = rotation.apply(values)
+    codes.fill_(-1000)
+    assert not torch.allclose(rotation.apply(values), before)
+
+
+def test_a_first_call_without_gradients_does_not_forbid_later_ones():
+    rotation = learned(Rotation(4))
+    with torch.inference_mode():
+        rotation.apply(torch.ones(1, 4))
+    values = torch.ones(1, 4, requires_grad=True)
+    rotation.apply(values).sum().backward()
+    torch.testing.assert_close(values.grad, rotation.matrix().float().sum(1).unsqueeze(0))

@@ -138,6 +138,8 @@ def test_products_with_a_gradient_of_their_inputs(bias):
     with FastLinearWithGradient():
         result = layer(found)
         torch.testing.assert_close(result, layer(inputs))
+        by_name = torch.nn.functional.linear(input=inputs, weight=layer.weight, bias=layer.bias)
+        torch.testing.assert_close(by_name, layer(inputs))
     (result.square().sum()).backward()
     torch.testing.assert_close(found.grad, wanted.grad)
 

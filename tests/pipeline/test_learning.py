@@ -1,16 +1,19 @@
 """The whole network at once: the same logits, gradients that do not depend on how they are computed; runs that learn."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from bitmend.errors import CheckpointError, RecipeError
+from bitmend.errors import CheckpointError, RecipeError, ResumeError
 from bitmend.formats.load import load
 from bitmend.linalg.learned_rotation import LearnedRotation
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.numerics.activations import ActivationSpec
 from bitmend.pipeline.learning import WholeNetwork, rows_to_learn_from
 from bitmend.protocols import TokenBatch
 from bitmend.transforms.spinquant import SpinQuant
@@ -100,15 +103,53 @@ def test_resume_takes_what_was_learned(run_tiny, interrupted, tmp_path, monkeypa
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.slow
-def test_resume_learns_again_where_the_record_is_damaged(run_tiny, interrupted, tmp_path):
-    run_tiny(keys=LEARNED)
+def test_a_damaged_record_of_what_was_learned(run_tiny, interrupted, tmp_path):
     interrupted(10, "stopped", keys=LEARNED)
     path = tmp_path / "stopped.partial" / "journal" / "learned.safetensors"
     path.write_bytes(path.read_bytes()[:-3] + b"abc")
-    run_tiny(output="stopped", keys=LEARNED, resume=True)
-    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "stopped"))
-    assert one.read_bytes() == other.read_bytes()
+    # The finished blocks were made with it, and it may be learned otherwise.
+    with pytest.raises(ResumeError, match="had learned for the finished blocks cannot be read any more"):
+        run_tiny(output="stopped", keys=LEARNED, resume=True)
+
+
+def test_what_was_learned_is_kept_before_anything_is_solved(run_tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("bitmend.pipeline.transforming.Transforms.begin_", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(keys=LEARNED)
+    assert (tmp_path / "out.partial" / "journal" / "learned.safetensors").is_file()
+    monkeypatch.setattr(SpinQuant, "learn", lambda *arguments: pytest.fail("learned again"))
+    run_tiny(keys=LEARNED, resume=True)
+
+
+def _interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_routers_are_not_rounded(folder):
+    adapter = HfCausalLm.open(folder("mixtral"), dtype=torch.float32)
+    network = WholeNetwork(adapter, rows_to_learn_from([(BATCH, False)]), lambda site: ActivationSpec(4), BATCH)
+    block, wiring = network.blocks[0]
+    readers = wiring.readers["post_attention_layernorm"]
+    assert network.rounding(block, "mlp.gate") is None
+    assert "mlp.gate" in readers
+    assert network.rounding(block, readers[1]) == ActivationSpec(4)
+
+
+def test_the_second_network_is_gone_when_it_has_been_learned(run_tiny, monkeypatch):
+    seen = []
+    plain = WholeNetwork.__init__
+
+    def watched(self, adapter, *arguments):
+        seen.append(weakref.ref(adapter.model))
+        plain(self, adapter, *arguments)
+
+    monkeypatch.setattr(WholeNetwork, "__init__", watched)
+    monkeypatch.setattr(
+        "bitmend.pipeline.transforming.Transforms.take_", lambda *arguments: pytest.fail("held") if seen[0]() else None
+    )
+    run_tiny(keys=LEARNED)
+    assert len(seen) == 1
 
 
 def test_nothing_to_learn_from_is_told_before_anything_runs(run_tiny):
@@ -142,3 +183,29 @@ def test_folders_that_say_something_else_are_refused(run_tiny, folder, tmp_path)
         path.write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=message):
             load(tmp_path / "out")
+    # A holder that only the whole model has, where the inner one is loaded alone.
+    config = json.loads(whole)
+    quantization = config["quantization_config"]
+    for table, name in (("inputs", "model.norm"), ("outputs", "model.embed_tokens")):
+        quantization[table][name]["rotation"]["holder"] = "lm_head"
+    del quantization["seal"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"looks for the codes of a rotation at model\.norm in 'lm_head'"):
+        AutoModel.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("spoil", ["wide", "none"])
+def test_codes_of_another_type_or_none_are_refused(run_tiny, folder, tmp_path, spoil):
+    run_tiny(model=folder("llama-tied"), keys=LEARNED)
+    weights = tmp_path / "out" / "model.safetensors"
+    tensors, name = load_file(weights), "model.embed_tokens.rotation_codes"
+    codes = tensors.pop(name)
+    if spoil == "wide":
+        tensors[name] = codes.to(torch.int64) << 40
+    save_file(tensors, weights, {"format": "pt"})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["files"] = {}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    for kind in (AutoModel, AutoModelForCausalLM):
+        with pytest.raises(CheckpointError, match=r"16-bit whole numbers|lacks .*rotation_codes"):
+            kind.from_pretrained(tmp_path / "out")

@@ -118,6 +118,10 @@ def test_what_is_left_out_is_not_learned(folder):
 def test_refusals(folder):
     with pytest.raises(RecipeError, match=r"nothing is rounded; set activations\.bits"):
         SpinQuant().learn(network(folder(), lambda site: None), SilentProgress())
+    with pytest.raises(RecipeError, match="has nothing to learn"):
+        SpinQuant(residual=False, values=False).learn(network(folder()), SilentProgress())
+    with pytest.raises(ModelError, match="needs a norm whose result the output head reads"):
+        SpinQuant().learn(network(folder("opt-projected")), SilentProgress())
     with pytest.raises(ModelError, match="multiplies what is added to it feature by feature"):
         SpinQuant().learn(network(folder("gemma2")), SilentProgress())
     broken = network(folder())
@@ -125,3 +129,11 @@ def test_refusals(folder):
         broken.blocks[0][0].module.mlp.up_proj.weight[0, 0] = torch.inf
     with pytest.raises(NumericsError, match="the loss of learned rotations must be finite"):
         SpinQuant(steps=1, rows=1).learn(broken, SilentProgress())
+
+
+def test_what_is_remembered_ends_with_the_block(folder):
+    # Else the gradient of a block would keep what all later blocks have computed again.
+    learning = _Learning(network(folder()), SpinQuant())
+    learning.gradient_([0])
+    assert learning._shared
+    assert all(one._last is None for one in learning._shared)

@@ -208,7 +208,7 @@ def _with_codes(
     """
     if not isinstance(rotation, LearnedRotation):
         return rotation
-    holder = modules.get(paths.get(rotation.holder, ""))
+    holder = modules[paths[rotation.holder]] if rotation.holder in paths else None
     held = (
         None
         if holder is None
@@ -223,7 +223,7 @@ def _with_codes(
         holder.register_buffer(ROTATION_CODES, torch.zeros(count, dtype=torch.int16, device=held.device))
     if len(holder.get_buffer(ROTATION_CODES)) != count:
         raise CheckpointError(f"the checkpoint has learned rotations of several sizes in {rotation.holder}")
-    return replace(rotation, codes=lambda: holder.get_buffer(ROTATION_CODES))
+    return replace(rotation, codes=lambda: holder.get_buffer(ROTATION_CODES), _made={})
 
 
 def _moved(scheme: InputScheme, paths: Mapping[str, str]) -> InputScheme:
@@ -420,8 +420,13 @@ def _check_model(model: PreTrainedModel, records: Mapping[str, TensorRecord]) ->
         if tuple(wanted[name].shape) != record.shape:
             shape = tuple(wanted[name].shape)
             raise CheckpointError(f"{name} has the shape {record.shape} in the file, but {shape} in the model")
+        if name.endswith(f".{ROTATION_CODES}") and record.dtype != torch.int16:
+            raise CheckpointError(f"{name} must be of 16-bit whole numbers, but is {record.dtype} in the file")
         if wanted[name].dtype.is_floating_point != record.dtype.is_floating_point:
             raise CheckpointError(f"{name} is {record.dtype} in the file, but {wanted[name].dtype} in the model")
+    codes = {name for name in wanted if name.rpartition(".")[2] == ROTATION_CODES and name not in present}
+    if codes:
+        raise CheckpointError(f"the checkpoint lacks {min(codes)}, without which a rotation is nothing")
     saved = getattr(model.config, "architectures", None) or []
     if type(model).__name__ not in saved or _converts(model):
         return

@@ -2,8 +2,8 @@
 
 Source: SpinQuant (arXiv 2405.16406) learns rotations on the Stiefel manifold by Cayley steps. Here the whole way from where
 it starts is one Cayley transform, C = (I + A)^-1 (I - A) with A skew-symmetric, which is orthogonal whatever A is: learning
-needs no manifold, a stored rotation is half a matrix of 16-bit numbers, and rounding these leaves it exactly orthogonal. Only
-rotations that turn a plane by half a turn are out of reach.
+needs no manifold, a stored rotation is half a matrix of 16-bit numbers, and rounding these leaves it exactly orthogonal.
+Out of reach are turns of a plane by more than 126 degrees: entries of A end at 2.
 """
 
 from collections.abc import Callable
@@ -77,9 +77,12 @@ class LearnedRotation:
         if values.shape[-1] % self.size:
             raise ValueError(f"a rotation of {self.size} features must divide the width; got {values.shape[-1]}")
         exact = values.double() if values.dtype == torch.float64 else values.float()
-        kind = f"{exact.dtype} {exact.device}"
+        codes = self.codes()
+        version = 0 if codes.is_inference() else codes._version
+        kind = f"{exact.dtype} {exact.device} {codes.data_ptr()} {version}"
         if kind not in self._made:
-            self._made[kind] = self.matrix().to(exact)
+            with torch.inference_mode(False), torch.no_grad():  # it may be used with gradients of other things later
+                self._made[kind] = self.matrix().to(exact.dtype).to(exact.device)
         matrix = self._made[kind]
         blocks = exact.reshape(-1, self.size) @ (matrix.T if self.transposed else matrix)
         return blocks.reshape(values.shape).to(values.dtype)

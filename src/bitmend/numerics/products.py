@@ -69,11 +69,18 @@ class FastLinearWithGradient(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and args[1].ndim == 2 and not args[1].requires_grad:
-            if torch.is_grad_enabled():
-                return _LinearInInputs.apply(*args, **(kwargs or {}))  # type: ignore[no-untyped-call]
-            return linear(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear:
+            return _with_gradient_of_inputs(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _with_gradient_of_inputs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # torch's names
+    if weight.ndim != 2 or weight.requires_grad:
+        return torch.nn.functional.linear(input, weight, bias)
+    if not torch.is_grad_enabled():
+        return linear(input, weight, bias)
+    result: Tensor = _LinearInInputs.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _LinearInInputs(torch.autograd.Function):

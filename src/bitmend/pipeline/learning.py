@@ -4,6 +4,7 @@ All blocks are loaded in float32 and stay so while something is learned; a row p
 block needs for the gradient is computed again when its turn comes, so that only one block's is in memory.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -50,8 +51,9 @@ class WholeNetwork(OpenNetwork):
             parameter.requires_grad_(False)
 
     def rounding(self, block: Block, path: str) -> ActivationSpec | None:
-        """Return how the input of a layer will be rounded."""
-        return self._rounding(f"{block.name}.{path}")
+        """Return how the input of a layer will be rounded; a router's, which is no site, is not."""
+        known = any(site.path == path for site in block.sites)
+        return self._rounding(f"{block.name}.{path}") if known else None
 
     def logits(self, row: int) -> Tensor:
         """Return the logits of the real tokens of one row, with gradients, if they are on."""
@@ -102,4 +104,6 @@ def learn(
         network = WholeNetwork(adapter.reopened(torch.float32), rows_to_learn_from(batches), rounding, trace)
         found = part.learn(network, progress)
         learned |= {f"{place}.{name}": tensor for name, tensor in found.items()}
+        del network
+        gc.collect()  # hooks and what they close over refer to one another: the network would stay for a while
     return learned

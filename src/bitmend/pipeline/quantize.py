@@ -172,6 +172,11 @@ class _Loop:
     def _learn_(self, batches: Sequence[tuple[TokenBatch, bool]], progress: Progress) -> None:
         """Let transforms learn on the whole network, or take what the journal holds of it."""
         learned = None if self.journal is None else self.journal.learned()
+        # What is finished was made with rotations that nobody can be sure to learn again.
+        if learned is None and self.journal is not None and not self.journal.is_empty:
+            raise ResumeError(
+                "what transforms had learned for the finished blocks cannot be read any more; pass --overwrite to start again"
+            )
         if learned is None:
             learned = learn(
                 self.adapter, self.transforms, batches, self.recipe.activation_spec, trace_batch(), progress

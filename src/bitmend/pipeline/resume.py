@@ -151,7 +151,7 @@ class Journal:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is finished, so that nothing is lost without it."""
-        return self.num_finished == 0 and self._num_sites == 0
+        return self.num_finished == 0 and self._num_sites == 0 and self.learned() is None
 
     def seconds_before_resume(self) -> dict[str, float]:
         """Return how long earlier processes worked on what is kept of them, for the report; empty when there were none."""
@@ -338,6 +338,11 @@ def read_head(partial: Path) -> dict[str, Any] | None:
     if not texts or not isinstance(head.get("replaces_output"), bool):
         raise ResumeError(f"{path} must hold a fingerprint and replaces_output, but one is missing; {START_AGAIN}")
     return head
+
+
+def has_learned(output: Path) -> bool:
+    """Return whether a stopped run of this output has journaled what its transforms learned."""
+    return (partial_folder(output.resolve()) / FOLDER / LEARNED).is_file()
 
 
 def check_partial(output: Path, fingerprint: Mapping[str, str]) -> dict[str, Any] | None:

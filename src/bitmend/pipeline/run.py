@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from bitmend.pipeline.plan import (
 from bitmend.pipeline.quantize import quantise_blocks, trace_batch
 from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.recipe_fits import check_recipe_fits
-from bitmend.pipeline.resume import Journal, check_partial, entry_of, finished_run, remove_leftovers
+from bitmend.pipeline.resume import Journal, check_partial, entry_of, finished_run, has_learned, remove_leftovers
 from bitmend.pipeline.transforming import Transforms
 from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress, TokenBatch
 
@@ -215,6 +215,8 @@ def _look_ahead(
     facts = gather_facts(
         request.adapter, request.recipe, shapes, request.device, baseline=baseline, on_disk=on_disk and bool(shapes)
     )
+    if resume and has_learned(request.output):
+        facts = replace(facts, learning=None)
     settled = settle(facts, limits_at(request.output, request.device), request.output)
     parts = partial_folder(request.output.resolve()) / PARTS
     finished = len(list(parts.glob("*.safetensors"))) if resume else 0
@@ -412,7 +414,7 @@ def choose_device(device: str) -> torch.device:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in ("bitmend", "torch", "transformers", "safetensors", "tokenizers"):
+    for package in ("bitmend", "torch", "scipy", "transformers", "safetensors", "tokenizers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -171,6 +171,9 @@ class _Learning:
         self._starts: dict[str, Rotation] = {}
         self._made: dict[str, Tensor] = {}
         self._rounded: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
+        self._shared: list[_Once] = []
+        if part.residual:
+            ends_centre(network.ends)  # refused now, and not when everything has been learned
         for block, wiring in network.blocks:
             self._read_norms(block, wiring)
             self._read_writers(block, wiring)
@@ -178,6 +181,11 @@ class _Learning:
             raise RecipeError(
                 "spinquant learns from the rounding of activations, but nothing is rounded; set activations.bits, or take "
                 "quarot"
+            )
+        if not self._starts:
+            raise RecipeError(
+                "spinquant has nothing to learn: neither the residual stream nor values of this model are to be rotated; set "
+                "residual or values = true, or take quarot"
             )
         device = next(network.blocks[0][0].module.parameters()).device
         self.generators = {
@@ -203,6 +211,7 @@ class _Learning:
                 loss = (wanted.exp() * (wanted - found)).sum(-1).mean() / len(rows)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            self._forget()
         if not torch.isfinite(torch.tensor(total)):
             raise NumericsError(
                 f"the loss of learned rotations must be finite, but is {total}; lower learning_rate of spinquant"
@@ -214,20 +223,23 @@ class _Learning:
         return total
 
     def _read_norms(self, block: Block, wiring: Wiring) -> None:
-        if not self._part.residual:
-            return
-        start = self._part._of_residual(wiring.hidden, block_centres(block, wiring))
+        turns = self._part.residual
+        start = self._part._of_residual(wiring.hidden, turns and block_centres(block, wiring))
         for norm, paths in wiring.readers.items():
             layers = {f"{block.name}.{path}": block.module.get_submodule(path) for path in paths}
-            fold_norm_(block.module.get_submodule(norm), f"{block.name}.{norm}", layers, wiring.hidden)
-            shared: dict[ActivationSpec, Callable[[Tensor], Tensor]] = {}
+            if turns:
+                fold_norm_(block.module.get_submodule(norm), f"{block.name}.{norm}", layers, wiring.hidden)
+            shared: dict[ActivationSpec, _Once] = {}
             for path in paths:
                 spec = self._network.rounding(block, path)
                 if spec is None:
                     continue
-                self._starts[RESIDUAL] = start
+                if turns:
+                    self._starts[RESIDUAL] = start
                 if spec not in shared:
-                    shared[spec] = _once(self._rounder(spec, lambda: self._made[RESIDUAL], None))
+                    matrix = _reader(self._made_of, RESIDUAL) if turns else None
+                    shared[spec] = _Once(self._rounder(spec, matrix, None))
+                    self._shared.append(shared[spec])
                 self._rounded.append((block.module.get_submodule(path), shared[spec]))
 
     def _read_writers(self, block: Block, wiring: Wiring) -> None:
@@ -265,9 +277,16 @@ class _Learning:
 
     def _rounding(self) -> ExitStack:
         hooks = ExitStack()
+        for block, _ in self._network.blocks:
+            # Also when a block is computed again: what is remembered holds all that its gradient needs.
+            hooks.callback(block.module.register_forward_pre_hook(lambda *_: self._forget()).remove)
         for module, rounded in self._rounded:
             hooks.callback(module.register_forward_pre_hook(_hook(rounded)).remove)
         return hooks
+
+    def _forget(self) -> None:
+        for one in self._shared:
+            one.forget()
 
 
 def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
@@ -278,16 +297,21 @@ def _hook(rounded: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any
     return lambda module, arguments: (rounded(arguments[0]), *arguments[1:])
 
 
-def _once(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `compute` for layers that are given the very same tensor one after the other: computed for the first."""
-    last: list[Tensor] = []
+class _Once:
+    """Computes for layers that are given the very same tensor one after the other: for the first of them."""
 
-    def result(values: Tensor) -> Tensor:
-        if not last or last[0] is not values:
-            last[:] = [values, compute(values)]
-        return last[1]
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        self._compute = compute
+        self._last: tuple[Tensor, Tensor] | None = None
 
-    return result
+    def __call__(self, values: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not values:
+            self._last = values, self._compute(values)
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Let the last answer go."""
+        self._last = None
 
 
 def _in_blocks(values: Tensor, matrix: Tensor) -> Tensor:
