@@ -23,6 +23,7 @@ from bitmend.protocols import (
     ChoosingSolver,
     Compensator,
     Event,
+    LearningTransform,
     ModelAdapter,
     ModelTransform,
     Need,
@@ -66,6 +67,8 @@ def test_a_part_has_one_public_method_and_says_what_it_does(part, contract, meth
     # What it costs a solver may tell, for the forecast, and one that makes choices on held-out rows must be able to keep to
     # them; a transform may change what lies around the blocks.
     more = {"residual_rotation", "apply_to_ends_"} if isinstance(part(), ModelTransform) else {"cost"}
+    if isinstance(part(), LearningTransform):
+        more = more | {"learn", "with_learned"}
     if Need.HELD_OUT in getattr(part, "needs", ()):
         assert isinstance(part(), ChoosingSolver)
         more = more | {"solve_again"}

@@ -84,7 +84,7 @@ def test_a_rotation_that_runs_with_the_model_lies_in_the_files(run_tiny, folder,
         assert torch.equal(inner(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_the_loaded_model_is_nearly_the_model_it_was(run_tiny, folder, tiny, tmp_path, family):
     # Eight bits everywhere: a rotation that is not undone would leave nothing of the logits.
     run_tiny(model=folder(family), keys={**LEARNED, "activations.bits": 8})

@@ -252,7 +252,16 @@ def test_cuda_where_there_is_none(monkeypatch):
 
 
 def test_versions_and_memory(monkeypatch):
-    assert set(versions()) == {"python", "machine", "bitmend", "torch", "transformers", "safetensors", "tokenizers"}
+    assert set(versions()) == {
+        "python",
+        "machine",
+        "bitmend",
+        "torch",
+        "scipy",
+        "transformers",
+        "safetensors",
+        "tokenizers",
+    }
 
     def missing(package):
         raise run_module.PackageNotFoundError

@@ -40,7 +40,9 @@ def drawn(part, wiring_blocks=2, hidden=16, head_dim=4, centres=False):
 
 
 @pytest.mark.parametrize("law", [exact_keeps_the_function, applying_is_repeatable])
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["llama-tied", "gpt2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("llama", "mixtral"))]
+)
 def test_laws_hold_with_what_was_learned(folder, family, law):
     place = folder(family)
     part = drawn(SpinQuant(seed=2), head_dim=8 if family == "mixtral" else 4, centres=family == "gpt2")

@@ -34,9 +34,13 @@ def folders(tiny, tmp_path_factory):
     return folder
 
 
-# Transforms that take seconds a block: on one family of a kind in `make test`, on all in `make test-slow`.
+# Transforms that take seconds a block, and mixtures of experts: on one family of a kind in `make test`, on all in `make test-slow`.
 SLOW = {"duquant", "spinquant"}  # before it has learned anything, spinquant is quarot
 OF_EACH_KIND = {"llama", "gpt2", "qwen2-moe"}
+
+
+def _is_slow(name, family, tiny):
+    return family not in OF_EACH_KIND and (name in SLOW or family in tiny.EXPERT_FAMILIES)
 
 
 def pytest_generate_tests(metafunc):
@@ -46,7 +50,7 @@ def pytest_generate_tests(metafunc):
             pytest.param(
                 entry.name,
                 family,
-                marks=[pytest.mark.slow] if entry.name in SLOW and family not in OF_EACH_KIND else [],
+                marks=[pytest.mark.slow] if _is_slow(entry.name, family, tiny) else [],
             )
             for entry in TRANSFORMS
             for family in (*tiny.FAMILIES, *tiny.EXPERT_FAMILIES)
