@@ -34,7 +34,8 @@ def folders(tiny, tmp_path_factory):
     return folder
 
 
-# Transforms that take seconds a block, and mixtures of experts: on one family of a kind in `make test`, on all in `make test-slow`.
+# Transforms that take seconds a block, and mixtures of experts: on one family of a kind in `make test`, on all in
+# `make test-slow`.
 SLOW = {"duquant", "spinquant"}  # before it has learned anything, spinquant is quarot
 OF_EACH_KIND = {"llama", "gpt2", "qwen2-moe"}
 
