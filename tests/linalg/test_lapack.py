@@ -41,7 +41,9 @@ def test_scipys_takes_no_memory_but_the_matrix_and_torchs_threads(monkeypatch):
     monkeypatch.setattr(lapack.lapack, "dpotrf", lambda *a, **k: (seen.append(threads()), plain(*a, **k))[1])
     H, before = moment(65), threads()
     assert inverse_cholesky_(H).data_ptr() == H.data_ptr()
-    assert seen == [{torch.get_num_threads()}]
+    monkeypatch.setattr(lapack, "WIDE", 65)
+    inverse_cholesky_(moment(65))
+    assert seen == [{1}, {torch.get_num_threads()}]
     assert threads() == before
 
 

@@ -2,7 +2,9 @@
 
 torch's CPU builds bring MKL, which takes twice as long for this on an AMD core as the OpenBLAS that scipy brings (width
 2,816, one thread: 0.9 s against 0.5 s). So scipy's is used where `numerics.products` finds such a CPU, with as many threads
-as torch has: what comes out depends on the kind of CPU and on torch's threads alone. Anywhere else it is torch's.
+as torch has for wide matrices and one for others: its threads go on spinning for a while after a call, on the cores that
+torch's need by then. Anywhere else it is torch's. What comes out depends on the kind of CPU, on torch's threads and on
+scipy's version, all of which a run's fingerprint holds.
 """
 
 from functools import cache
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from bitmend.numerics.products import onednn_is_slower
 
+WIDE = 2048  # from this width on, more than one thread pays for what its spinning costs afterwards
 LEAF, PIECE = 64, 512  # of a triangular inverse: smallest square, and columns of a corner that are computed at once
 
 
@@ -34,7 +37,7 @@ def inverse_cholesky_(H: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | Non
 
 def _by_scipy_(H: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | None:
     """As `inverse_cholesky_`. Fortran's upper triangle is the lower one of the same memory read row by row."""
-    with _blas().limit(limits=torch.get_num_threads()):
+    with _blas().limit(limits=torch.get_num_threads() if len(H) >= WIDE else 1):
         factor, failed = lapack.dpotrf(H.numpy().T, lower=0, clean=1, overwrite_a=1)
         if failed:
             return None
