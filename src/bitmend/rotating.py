@@ -8,7 +8,8 @@ the subtraction into the layers that write and puts another norm in place; here 
 Which rotations these are, random or learned, is for the transforms to say.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from bitmend.errors import ModelError
 from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.learned_rotation import LearnedRotation, StreamRotation
 from bitmend.online import ROTATION_CODES
-from bitmend.protocols import Transformed
+from bitmend.protocols import Calibrated, Transformed
 from bitmend.sites import (
     PIECE_ENTRIES,
     Block,
@@ -30,7 +31,69 @@ from bitmend.sites import (
     set_unit_gain_,
 )
 
+RESIDUAL = "residual"  # name of the rotation of the residual stream
 WITHOUT = "set residual = false of the transform, which leaves the rotations inside the blocks"
+
+
+@dataclass(frozen=True)
+class RotatingTransform:
+    """A transform that rotates residual stream, heads and what its writers read; where it starts from are Hadamard matrices.
+
+    Attributes:
+        seed: of the random signs of the residual rotation.
+        residual: rotate the residual stream.
+        values: rotate inside each attention head.
+        online: rotate what the layers read that write to the residual stream, while the model runs.
+    """
+
+    exact: ClassVar[bool] = True
+    seed: int = 0
+    residual: bool = True
+    values: bool = True
+    online: bool = True
+
+    def residual_rotation(self, ends: ModelEnds) -> StreamRotation | None:
+        """Return the rotation of the residual stream.
+
+        Raises:
+            ModelError: no norm before the head, or one that no rotation passes.
+        """
+        if not self.residual:
+            return None
+        return self._turned(RESIDUAL, Rotation(ends.hidden, self.seed, keeps_mean=ends_centre(ends)))
+
+    def apply_to_ends_(self, ends: ModelEnds) -> Transformed:
+        """Rotate embedding and head, or what they give and read where they share a table.
+
+        Raises:
+            ModelError: as `residual_rotation`.
+        """
+        rotation = self.residual_rotation(ends)
+        return Transformed() if rotation is None else rotate_ends_(ends, rotation)
+
+    def apply_(self, block: Block, wiring: Wiring, streams: Calibrated | None) -> Transformed:
+        """Rotate a block.
+
+        Raises:
+            ModelError: a norm or a layer that a rotation of the residual stream does not pass.
+        """
+        del streams
+        if self.residual:
+            start = Rotation(wiring.hidden, self.seed, keeps_mean=block_centres(block, wiring))
+            rotate_residual_(block, wiring, self._turned(RESIDUAL, start))
+        if self.values and wiring.values is not None:
+            rotate_values_(block, wiring, self._turned(of_values(block), Rotation(wiring.values.head_dim)))
+        return Transformed(rotate_writers_(block, wiring, across_heads=self.values) if self.online else {})
+
+    def _turned(self, name: str, start: Rotation) -> StreamRotation:
+        """Return the rotation of that name, which may have gone on from where it starts."""
+        del name
+        return start
+
+
+def of_values(block: Block) -> str:
+    """Return the name of the rotation inside the heads of a block."""
+    return f"values.{block.index}"
 
 
 def ends_centre(ends: ModelEnds) -> bool:

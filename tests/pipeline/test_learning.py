@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from bitmend.errors import CheckpointError, RecipeError, ResumeError
+from bitmend.errors import CheckpointError, NumericsError, RecipeError, ResumeError
 from bitmend.formats.load import load
 from bitmend.linalg.learned_rotation import LearnedRotation
 from bitmend.models.hf_causal_lm import HfCausalLm
@@ -124,6 +124,14 @@ def test_what_was_learned_is_kept_before_anything_is_solved(run_tiny, tmp_path, 
 
 def _interrupt(*arguments):
     raise KeyboardInterrupt
+
+
+def test_a_weight_that_is_not_finite_is_named_before_anything_is_learned(run_tiny, tiny, tmp_path):
+    model = tiny.build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match=r"the weight of model\.layers\.1\.mlp\.up_proj must be finite"):
+        run_tiny(model=tiny.save(tmp_path / "nan", model), keys=LEARNED)
 
 
 def test_routers_are_not_rounded(folder):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from bitmend.calibrate.dual_stream import real_tokens
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.products import FastLinearWithGradient
-from bitmend.pipeline.transforming import Transforms
+from bitmend.pipeline.transforming import Transforms, refuse_weights_not_finite
 from bitmend.protocols import BlockInputs, ModelAdapter, OpenNetwork, Progress, TokenBatch
 from bitmend.sites import Block, ModelEnds, Wiring
 
@@ -37,6 +37,9 @@ class WholeNetwork(OpenNetwork):
             rows: one row each, to learn from.
             rounding: of the input of a site, by its full name.
             trace: a few tokens that show how the layers hang together.
+
+        Raises:
+            NumericsError: NaN or Inf in a weight; names it.
         """
         self._adapter, self._rows, self._rounding = adapter, rows, rounding
         self.num_rows = len(rows)
@@ -45,6 +48,7 @@ class WholeNetwork(OpenNetwork):
         for index in range(len(adapter.block_names)):
             adapter.load_block(index)
             block = adapter.describe_block(index, trace)
+            refuse_weights_not_finite(block)
             blocks.append((block, adapter.wiring_of(block, trace)))
         self.blocks = tuple(blocks)
         for parameter in adapter.model.parameters():

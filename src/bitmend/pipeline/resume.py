@@ -159,9 +159,10 @@ class Journal:
 
     def summary(self) -> str:
         """Return what is kept, in words."""
+        learned = "" if self.learned() is None else "what transforms learned, "
         return (
-            f"{self.num_finished} finished blocks and {self._num_sites} finished matrices of the next one are kept in "
-            f"{self._writer.partial}; the same command with --resume goes on"
+            f"{learned}{self.num_finished} finished blocks and {self._num_sites} finished matrices of the next one are kept "
+            f"in {self._writer.partial}; the same command with --resume goes on"
         )
 
     # ------------------------------------------------------------------------------------------ what transforms learned

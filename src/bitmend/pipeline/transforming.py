@@ -156,7 +156,7 @@ class Transforms:
         self._adapter.load_block(0)
         try:
             block = self._adapter.describe_block(0, self._batch)
-            _refuse_not_finite(block)
+            refuse_weights_not_finite(block)
             wiring = self._adapter.wiring_of(block, self._batch)
             wanted = self.guard.added(block, hidden, inputs)
             before = self.guard.error(block, hidden, inputs, wanted)
@@ -186,7 +186,7 @@ class Transforms:
         found = BlockTransforms({}, [], self._at_first if block.index == 0 else [])
         if not self._parts:
             return found
-        _refuse_not_finite(block)
+        refuse_weights_not_finite(block)
         given = self._adapter.block_inputs(self._batch)
         wiring = self._adapter.wiring_of(block, self._batch)
         hidden = small_numbers_like(given.hidden)
@@ -242,7 +242,7 @@ class Transforms:
         self._on_block.clear()
 
 
-def _refuse_not_finite(block: Block) -> None:
+def refuse_weights_not_finite(block: Block) -> None:
     """Refuse a block that would spoil the proof, before a transform gets the blame."""
     for site in block.sites:
         finite_weight(site, block)

@@ -18,22 +18,13 @@ centre.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bitmend.linalg.hadamard import Rotation
-from bitmend.protocols import TRANSFORMS, Calibrated, Transformed
-from bitmend.rotating import (
-    block_centres,
-    ends_centre,
-    rotate_ends_,
-    rotate_residual_,
-    rotate_values_,
-    rotate_writers_,
-)
-from bitmend.sites import Block, ModelEnds, Wiring
+from bitmend.protocols import TRANSFORMS
+from bitmend.rotating import RotatingTransform
 
 
 @TRANSFORMS.register("quarot", paper="arXiv 2404.00456")
 @dataclass(frozen=True)
-class QuaRot:
+class QuaRot(RotatingTransform):
     """Rotates residual stream, heads and MLP so that no feature stands out.
 
     Attributes:
@@ -43,42 +34,4 @@ class QuaRot:
         online: rotate what the layers read that write to the residual stream, while the model runs.
     """
 
-    exact: ClassVar[bool] = True
     needs_rows: ClassVar[bool] = False
-    seed: int = 0
-    residual: bool = True
-    values: bool = True
-    online: bool = True
-
-    def residual_rotation(self, ends: ModelEnds) -> Rotation | None:
-        """Return the rotation of the residual stream.
-
-        Raises:
-            ModelError: no norm before the head, or one that no rotation passes.
-        """
-        return self._of_residual(ends.hidden, ends_centre(ends)) if self.residual else None
-
-    def apply_to_ends_(self, ends: ModelEnds) -> Transformed:
-        """Rotate embedding and head, or what they give and read where they share a table.
-
-        Raises:
-            ModelError: as `residual_rotation`.
-        """
-        rotation = self.residual_rotation(ends)
-        return Transformed() if rotation is None else rotate_ends_(ends, rotation)
-
-    def apply_(self, block: Block, wiring: Wiring, streams: Calibrated | None) -> Transformed:
-        """Rotate a block.
-
-        Raises:
-            ModelError: a norm or a layer that a rotation of the residual stream does not pass.
-        """
-        del streams
-        if self.residual:
-            rotate_residual_(block, wiring, self._of_residual(wiring.hidden, block_centres(block, wiring)))
-        if self.values and wiring.values is not None:
-            rotate_values_(block, wiring, Rotation(wiring.values.head_dim))
-        return Transformed(rotate_writers_(block, wiring, across_heads=self.values) if self.online else {})
-
-    def _of_residual(self, hidden: int, centres: bool) -> Rotation:
-        return Rotation(hidden, self.seed, keeps_mean=centres)

@@ -27,26 +27,24 @@ from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.learned_rotation import LearnedRotation, StreamRotation, codes_of, learned_size, rotated_by
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.products import product
-from bitmend.protocols import TRANSFORMS, Calibrated, OpenNetwork, Progress, Transformed
+from bitmend.protocols import TRANSFORMS, OpenNetwork, Progress
 from bitmend.rotating import (
+    RESIDUAL,
+    RotatingTransform,
     block_centres,
     ends_centre,
     fold_norm_,
-    rotate_ends_,
-    rotate_residual_,
-    rotate_values_,
-    rotate_writers_,
+    of_values,
     writer_rotation,
 )
-from bitmend.sites import Block, ModelEnds, Wiring
+from bitmend.sites import Block, Wiring
 
-RESIDUAL = "residual"  # name of R1 among what was learned; R2 of a block is `values.BLOCK`
 BETAS = (0.9, 0.95)
 
 
 @TRANSFORMS.register("spinquant", paper="arXiv 2405.16406")
 @dataclass(frozen=True)
-class SpinQuant:
+class SpinQuant(RotatingTransform):
     """Rotates as QuaRot does, residual stream and heads by rotations that were learned.
 
     Before anything is learned they are those that learning starts from.
@@ -61,48 +59,11 @@ class SpinQuant:
         online: rotate what the layers read that write to the residual stream, while the model runs.
     """
 
-    exact: ClassVar[bool] = True
     needs_rows: ClassVar[bool] = True
-    seed: int = 0
     steps: Annotated[int, Field(ge=1, le=100_000)] = 100
     rows: Annotated[int, Field(ge=1, le=4096)] = 4
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
-    residual: bool = True
-    values: bool = True
-    online: bool = True
     _learned: Mapping[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # tensors
-
-    # ------------------------------------------------------------------------------------------ applied
-    def residual_rotation(self, ends: ModelEnds) -> StreamRotation | None:
-        """Return the rotation of the residual stream.
-
-        Raises:
-            ModelError: no norm before the head, or one that no rotation passes.
-        """
-        return self._turned(RESIDUAL, self._of_residual(ends.hidden, ends_centre(ends))) if self.residual else None
-
-    def apply_to_ends_(self, ends: ModelEnds) -> Transformed:
-        """Rotate embedding and head, or what they give and read where they share a table.
-
-        Raises:
-            ModelError: as `residual_rotation`.
-        """
-        rotation = self.residual_rotation(ends)
-        return Transformed() if rotation is None else rotate_ends_(ends, rotation)
-
-    def apply_(self, block: Block, wiring: Wiring, streams: Calibrated | None) -> Transformed:
-        """Rotate a block.
-
-        Raises:
-            ModelError: a norm or a layer that a rotation of the residual stream does not pass.
-        """
-        del streams
-        if self.residual:
-            start = self._of_residual(wiring.hidden, block_centres(block, wiring))
-            rotate_residual_(block, wiring, self._turned(RESIDUAL, start))
-        if self.values and wiring.values is not None:
-            rotate_values_(block, wiring, self._turned(_of_values(block), Rotation(wiring.values.head_dim)))
-        return Transformed(rotate_writers_(block, wiring, across_heads=self.values) if self.online else {})
 
     def with_learned(self, learned: Mapping[str, Tensor]) -> "SpinQuant":
         """Return the transform that applies what `learn` returned."""
@@ -114,10 +75,6 @@ class SpinQuant:
         codes = self._learned.get(name)
         return start if codes is None else LearnedRotation(start, lambda: codes)
 
-    def _of_residual(self, hidden: int, centres: bool) -> Rotation:
-        return Rotation(hidden, self.seed, keeps_mean=centres)
-
-    # ------------------------------------------------------------------------------------------ learned
     @property
     def num_passes(self) -> int:
         """Rows that pass the network with gradients."""
@@ -143,10 +100,6 @@ class SpinQuant:
             learning.gradient_(order[step * self.rows : (step + 1) * self.rows])
             optimiser.step()
         return {name: codes_of(upper) for name, upper in learning.generators.items()}
-
-
-def _of_values(block: Block) -> str:
-    return f"values.{block.index}"
 
 
 def _draw(count: int, wanted: int, seed: int) -> list[int]:
@@ -224,7 +177,7 @@ class _Learning:
 
     def _read_norms(self, block: Block, wiring: Wiring) -> None:
         turns = self._part.residual
-        start = self._part._of_residual(wiring.hidden, turns and block_centres(block, wiring))
+        start = Rotation(wiring.hidden, self._part.seed, keeps_mean=turns and block_centres(block, wiring))
         for norm, paths in wiring.readers.items():
             layers = {f"{block.name}.{path}": block.module.get_submodule(path) for path in paths}
             if turns:
@@ -251,7 +204,7 @@ class _Learning:
             online = writer_rotation(block, wiring, path, across_heads=part.values) if part.online else None
             matrix = None
             if part.values and values is not None and path == values.target:
-                name = _of_values(block)
+                name = of_values(block)
                 self._starts[name] = Rotation(values.head_dim)
                 matrix = _reader(self._made_of, name)
             rounded = self._rounder(spec, matrix, online)
