@@ -129,12 +129,14 @@ class Solution:
         events: what the user must be told.
         proved: the matrix before it was fitted again on all rows; None when it was not, so that `qtensor` itself can be
             judged on held-out rows.
+        fit_error: mean over the fit tokens of ||Q x - W x||^2, where the solver knows it without another product.
     """
 
     qtensor: QTensor
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
     proved: QTensor | None = None
+    fit_error: float | None = None
 
 
 @runtime_checkable
@@ -513,7 +515,8 @@ class CheckpointFormat(Protocol):
 class SiteReport:
     """What happened at one site.
 
-    Errors are mean squares of the layer's output, over mean ||W x||^2, x the input in the quantised network. With two
+    Errors are mean squares of the layer's output, over mean ||W x||^2, x the input in the quantised network, of the
+    held-out tokens where there are such, so that a site's errors have one measure. With two
     streams it is ||Q x - W x_fp||^2, the error against the full-precision network; with one it is ||Q x - W x||^2, what
     rounding this layer adds. The two must not be compared with each other; `calibration.two_streams` asks for the former
     everywhere.

@@ -123,3 +123,26 @@ def test_dead_inputs_keep_their_weights(make_layer):
 def test_without_moments_it_cannot_work(make_layer):
     with pytest.raises(ValueError, match="gptq needs the moments"):
         Gptq().solve(replace(make_layer().problem, fit=None))
+
+
+@pytest.mark.parametrize("order", ["natural", "diagonal"])
+@pytest.mark.parametrize(("bits", "damping"), [(4, 0.01), (2, 0.01), (3, 1.0)])
+def test_the_error_that_it_knows_is_the_one_that_moments_give(make_layer, order, bits, damping):
+    problem = make_layer(out=24, width=32, bits=bits).problem
+    assert Gptq(damping=damping, order=order).solve(problem).fit_error is None  # not its own error, with two streams
+    problem = replace(problem, fit=Moments(problem.fit.G, None, None, problem.fit.num_tokens))
+    solution = Gptq(damping=damping, order=order).solve(problem)
+    exact = problem.fit.output_error(problem.weight, solution.qtensor.dequantize())
+    assert solution.fit_error == pytest.approx(exact, rel=1e-4)
+
+
+def test_an_error_that_the_damping_drowns_is_not_told():
+    spec = QuantSpec(UniformGrid(2, symmetric=False), PerChannel(), "minmax")
+    G = torch.diag(torch.tensor([1e-12, 1e-12, 1.0], dtype=torch.float64))
+    # The one column whose input has energy is rounded without error.
+    problem = Problem(
+        LinearSite("p", "p", "linear", (1, 3)), torch.tensor([[0.3, 0.2, 1.0]]), spec, Moments(G, None, None, 9)
+    )
+    solution = Gptq(damping=1.0).solve(problem)
+    assert problem.fit.output_error(problem.weight, solution.qtensor.dequantize()) < 1e-6
+    assert solution.fit_error is None

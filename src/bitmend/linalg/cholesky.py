@@ -18,6 +18,7 @@ from bitmend.linalg.lapack import inverse_cholesky_, reverse_
 
 # A fraction of the mean diagonal. Checked where a recipe is read, so that a slip is told before anything runs.
 Damping = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+COPIED_ROWS = 256
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -41,7 +42,11 @@ class InverseFactor:
 
     def damped(self, G: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
         """Return H = G + damping mean(diag G) I, whose inverse this is the factor of; G in the matrix's own order."""
-        return G + self.damping * _mean_diagonal(G) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+        return G + self.added(G) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+
+    def added(self, G: Float[Tensor, "in in"]) -> Tensor:
+        """Return what was added to the diagonal of G."""
+        return self.damping * _mean_diagonal(G)
 
 
 def _mean_diagonal(G: Float[Tensor, "in in"]) -> Tensor:
@@ -56,6 +61,14 @@ def column_order(G: Float[Tensor, "in in"], order: str) -> Int[Tensor, " in"]:
     if order == "natural":
         return torch.arange(len(diagonal), device=G.device)
     return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def _in_order(G: Float[Tensor, "in in"], order: Int[Tensor, " in"]) -> Float[Tensor, "in in"]:
+    """Return a copy in float64 with rows and columns in another order, some rows at a time: beside it, little memory."""
+    result = torch.empty_like(G, dtype=torch.float64)
+    for rows, into in zip(torch.split(order, COPIED_ROWS), torch.split(result, COPIED_ROWS), strict=True):
+        into.copy_(G.index_select(0, rows).gather(1, order.expand(len(rows), -1)))
+    return result
 
 
 def factor_inverse(G: Float[Tensor, "in in"], damping: float, order: str) -> InverseFactor:
@@ -81,7 +94,7 @@ def factor_inverse(G: Float[Tensor, "in in"], damping: float, order: str) -> Inv
     dead = int((G.diagonal() == 0).sum())
     steps = [damping, *(step for step in DAMPING_LADDER if step > damping)]
     for step in steps:
-        damped = G[backwards.unsqueeze(1), backwards].double()
+        damped = _in_order(G, backwards)
         damped.diagonal().add_(step * mean)
         inverse = inverse_cholesky_(damped)
         del damped

@@ -124,7 +124,7 @@ def column_sweep(
     Cost: rows * in^2 / 2 multiply-adds, as much again for each residual term; one copy of the weight and one of the errors.
     """
     dtype = weight.dtype
-    columns = weight.T[factor.order].contiguous()
+    columns = weight.index_select(1, factor.order).T.contiguous()
     state = _Sweep(
         columns=columns,
         original=columns.clone() if any(term.source == "drift" for term in residuals) else columns,

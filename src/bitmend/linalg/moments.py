@@ -96,18 +96,42 @@ def relative_errors(
 
     Cost: half an (out, in) x (in, in) product for each Q and for W, because G is symmetric; one for C and half for D.
     """
+    energy, errors = energy_and_errors(weight, quantised, moments)
+    return [relative(error, energy) for error in errors]
+
+
+def relative(error: float, energy: float) -> float:
+    """Return an error over an energy: of a silent layer (no energy) 0 where it has no error either, else infinity."""
+    return error / energy if energy else 0.0 if error == 0 else float("inf")
+
+
+def energy_and_errors(
+    weight: Float[Tensor, "out in"],
+    quantised: Sequence[Float[Tensor, "out in"]],
+    moments: Moments,
+    energy: float | None = None,
+) -> tuple[float, list[float]]:
+    """Return the mean over tokens of ||W x||^2, and for each Q that of ||Q x - W x~||^2; as `relative_errors`.
+
+    Args:
+        weight: W.
+        quantised: forms of it.
+        moments: of the tokens.
+        energy: known already, of these or of other tokens: what comes back then, and one product less.
+    """
     differences = [Q - weight for Q in quantised]
-    energy, *errors = _quadratics([weight, *differences], moments.G)
+    known = [] if energy is None else [energy]
+    energy, *errors = [*known, *_quadratics([weight, *differences] if energy is None else differences, moments.G)]
     if moments.C is not None and moments.D is not None:
         pull = product_for_sums(weight, moments.C.T)
         (constant,) = _quadratics([weight], moments.D)
         errors = [error + constant - 2 * _inner(pull, E) for error, E in zip(errors, differences, strict=True)]
     del differences
-    found = []
-    for error, Q in zip(errors, quantised, strict=True):
-        exact = moments.output_error(weight, Q) if error <= BLURRED * energy else error
-        found.append(exact / energy if energy else 0.0 if exact == 0 else float("inf"))
-    return found
+    exact = [
+        moments.output_error(weight, Q) if error <= BLURRED * energy else error
+        for error, Q in zip(errors, quantised, strict=True)
+    ]
+    return energy, exact
 
 
 def product_for_sums(left: Float[Tensor, "out in"], right: Float[Tensor, "other in"]) -> Float[Tensor, "out other"]:

@@ -54,8 +54,8 @@ class QParams:
 
     def per_column(self, group: Tensor) -> "QParams":
         """Return the same parameters spread to columns: entry (r, j) is that of group `group[j]`."""
-        zero_point = None if self.zero_point is None else self.zero_point[:, group]
-        return QParams(self.scale[:, group], zero_point)
+        zero_point = None if self.zero_point is None else self.zero_point.index_select(1, group)
+        return QParams(self.scale.index_select(1, group), zero_point)
 
     def of_rows(self, rows: Int64[Tensor, " picked"] | slice) -> "QParams":
         """Return the parameters of some rows."""

@@ -18,7 +18,14 @@ import torch
 
 from bitmend.errors import FactorizationError, NumericsError
 from bitmend.linalg.cholesky import InverseFactor
-from bitmend.linalg.moments import Moments, merge, merge_, relative_errors
+from bitmend.linalg.moments import (
+    Moments,
+    energy_and_errors,
+    merge,
+    merge_,
+    relative,
+    relative_errors,
+)
 from bitmend.numerics.qtensor import QParams, QTensor, QuantSpec
 from bitmend.protocols import (
     BlockStreams,
@@ -171,12 +178,18 @@ class PerSite:
             return solution, report
         report.streams = 1 if rows.fit.D is None else 2
         report.chosen_on_held_out = self._chooses and rows.held_out is not None
-        (report.fit_error,) = relative_errors(problem.weight, [candidate.dequantize()], rows.fit)
+        rounded = candidate.dequantize()
         if rows.held_out is None:
+            (report.fit_error,) = relative_errors(problem.weight, [rounded], rows.fit)
             return solution, report
         base = Rtn().solve(problem)
-        both = [candidate.dequantize(), base.qtensor.dequantize()]
-        report.held_out_error, report.base_held_out_error = relative_errors(problem.weight, both, rows.held_out)
+        both = [rounded, base.qtensor.dequantize()]
+        energy, errors = energy_and_errors(problem.weight, both, rows.held_out)
+        report.held_out_error, report.base_held_out_error = (relative(error, energy) for error in errors)
+        fit_error = solution.fit_error
+        if fit_error is None:
+            _, (fit_error,) = energy_and_errors(problem.weight, [rounded], rows.fit, energy)
+        report.fit_error = relative(fit_error, energy)
         if not report.held_out_error <= report.base_held_out_error:  # NaN, too, is no proof
             return _dropped(solution, base, report)
         return solution, report

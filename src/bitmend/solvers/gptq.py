@@ -14,10 +14,18 @@ Cost: 4/3 in^3 operations in float64, shared by all sites with the same input, a
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from bitmend.linalg.cholesky import Damping
-from bitmend.linalg.column_sweep import round_columns
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitmend.linalg.cholesky import Damping, InverseFactor
+from bitmend.linalg.column_sweep import UniformRounder, column_sweep
+from bitmend.linalg.moments import Moments
 from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
+from bitmend.numerics.qtensor import QTensor
 from bitmend.protocols import SOLVERS, Need, Problem, Solution
+
+BLURRED_BY_DAMPING = 1e-2  # share of the damped error below which float32 sums say too little of the rest
 
 
 @SOLVERS.register("gptq", paper="arXiv:2210.17323")
@@ -52,5 +60,26 @@ class Gptq:
             raise ValueError("gptq needs the moments of its input")
         factor = problem.fit.inverse_factor(self.damping, self.order)
         qparams = problem.qparams()
-        qtensor = round_columns(problem.weight, factor, qparams, problem.spec)
-        return Solution(qtensor, {"damping": factor.damping, "dead_columns": factor.dead_columns})
+        rows, columns = problem.weight.shape
+        rounder = UniformRounder(qparams, problem.spec, (rows, columns), problem.weight.dtype)
+        damped_error = float(column_sweep(problem.weight, factor, rounder).sum(dtype=torch.float64))
+        qtensor = QTensor(rounder.codes(), qparams, problem.spec)
+        return Solution(
+            qtensor,
+            {"damping": factor.damping, "dead_columns": factor.dead_columns},
+            fit_error=_without_damping(damped_error, problem.weight, qtensor, problem.fit, factor),
+        )
+
+
+def _without_damping(
+    damped_error: float, weight: Float[Tensor, "out in"], qtensor: QTensor, fit: Moments, factor: InverseFactor
+) -> float | None:
+    """Return tr(E G E^T) from tr(E H E^T), H = G + lambda I.
+
+    None where the damping is so much of it that it blurs, and where errors are against the full-precision network.
+    """
+    if fit.D is not None:
+        return None
+    distance = float((qtensor.dequantize() - weight).square_().sum(dtype=torch.float64))
+    error = damped_error - float(factor.added(fit.G)) * distance
+    return error if error > BLURRED_BY_DAMPING * damped_error else None
