@@ -39,6 +39,7 @@ TEXTS = ("books-eval", "wikitext2-test")
 WIDTHS = {4: 128, 3: 128, 2: 64}  # bits -> group size
 LENGTH = 512
 ROWS = {"books-7m": 128, "wide": 32}
+WARM_UP_ROWS = 4
 WIDE = {"hidden": 1024, "intermediate": 2816, "blocks": 8, "heads": 16}
 
 
@@ -168,7 +169,14 @@ def accuracy(bench, options):
 
 
 def timing(bench, options, contestants, part):
-    """Measure contestants in turn, again and again: A B C, A B C."""
+    """Measure contestants in turn, again and again: A B C, A B C.
+
+    Each peer runs once before that, on a few rows: in a new environment its first run may compile what later ones find.
+    """
+    for contestant in chosen(contestants, options):
+        if contestant.tool != OURS and interpreter(options.environments, contestant.tool).exists():
+            key = {"part": "warm-up", "name": contestant.name}
+            bench.run(key, contestant, model="books-7m", rows=bench.rows(WARM_UP_ROWS, 0), bits=4, threads=2)
     for model in options.models:
         for threads in options.threads:
             for repeat in range(options.repeats):

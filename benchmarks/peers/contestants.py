@@ -56,6 +56,7 @@ TIMING = (
     Contestant(OURS, "gptq", "gptq"),
     Contestant("gptqmodel", "gptq", "gptq", FASTEST),
     Contestant(OURS, "gptq", "gptq, one fit, no search", LIKE_THEIRS),
+    Contestant(OURS, "gptq", "gptq, one fit, no search, low memory", {**LIKE_THEIRS, "low_memory": True}),
     Contestant(OURS, "gptaq", "gptaq"),
     Contestant("gptqmodel", "gptaq", "gptaq", FASTEST),
     Contestant(OURS, "gptaq", "gptaq, one fit, no search", LIKE_THEIRS),

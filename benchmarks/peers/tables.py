@@ -6,6 +6,7 @@ TEXTS = ("books-eval", "wikitext2-test")
 PAIRS = (
     ("bitmend gptq", "gptqmodel gptq"),
     ("bitmend gptq, one fit, no search", "gptqmodel gptq"),
+    ("bitmend gptq, one fit, no search, low memory", "gptqmodel gptq"),
     ("bitmend gptaq", "gptqmodel gptaq"),
     ("bitmend gptaq, one fit, no search", "gptqmodel gptaq"),
 )

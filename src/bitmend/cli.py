@@ -25,6 +25,7 @@ from bitmend.cli_options import (
     DiskOption,
     GroupSizeOption,
     JsonOption,
+    LowMemoryOption,
     ModelArgument,
     OverwriteOption,
     QuietOption,
@@ -85,6 +86,7 @@ def quantize(
     ] = False,
     overwrite: OverwriteOption = False,
     activations_on_disk: DiskOption = False,
+    low_memory: LowMemoryOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the request, show the recipe, write nothing.")
     ] = False,
@@ -111,7 +113,8 @@ def quantize(
         target = run.check_request(model, plan, calibration or (), **options)
         typer.echo(f"# would write {target}\n{plan.to_toml()}", nl=False)
         return
-    options |= {"activations_on_disk": activations_on_disk, "progress": progress_of(quiet)}
+    options |= {"activations_on_disk": activations_on_disk, "low_memory": low_memory}
+    options["progress"] = progress_of(quiet)
     with _telling_what_is_kept():
         report = run.quantize(model, plan, calibration or (), **options)
     if log_json is not None:

@@ -41,6 +41,9 @@ WindowLengthOption = Annotated[int, typer.Option(help="Tokens in a window.", min
 DiskOption = Annotated[
     bool, typer.Option("--activations-on-disk", help="Keep calibration activations on disk, not in memory.")
 ]
+LowMemoryOption = Annotated[
+    bool, typer.Option("--low-memory", help="Compute wide layers twice in place of keeping what they give.")
+]
 
 
 def progress_of(quiet: bool) -> Any:

@@ -13,6 +13,7 @@ from bitmend.cli_options import (
     DiskOption,
     GroupSizeOption,
     JsonOption,
+    LowMemoryOption,
     ModelArgument,
     SeedOption,
     SequenceLengthOption,
@@ -38,6 +39,7 @@ def plan(
     device: DeviceOption = Device.AUTO,
     output: Annotated[Path | None, typer.Option(help="Where the run would write; for the free disk there.")] = None,
     activations_on_disk: DiskOption = False,
+    low_memory: LowMemoryOption = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the model.")
     ] = False,
@@ -59,6 +61,7 @@ def plan(
         output=output,
         device=device.value,
         activations_on_disk=activations_on_disk,
+        low_memory=low_memory,
         trust_remote_code=trust_remote_code,
     )
     if json_file is not None:

@@ -159,6 +159,9 @@ def test_wide_results_are_kept_only_where_memory_is_ample(facts, tmp_path):
     found = settle(facts, at(enough), tmp_path / "out")
     assert found.facts == wide
     assert found.to_json()["wide_results_kept"]
+    assert found.low_memory_bytes == forecast(facts).host_bytes < found.forecast.host_bytes
+    saving = settle(facts, at(enough), tmp_path / "out", low_memory=True)
+    assert (saving.facts, saving.low_memory_bytes) == (facts, 0)
     last_runs = [
         next(one for one in made.stages if one.name == "quantised forward")
         for made in (found.forecast, forecast(facts))

@@ -183,6 +183,13 @@ def test_activations_on_disk_change_nothing_and_leave_nothing(run_tiny, tmp_path
     assert {path.name for path in (tmp_path / "disk").rglob("*")} == set(memory)
 
 
+def test_low_memory_changes_nothing_but_what_is_kept(run_tiny, tmp_path):
+    reports = [run_tiny(output, low_memory=low) for output, low in (("kept", False), ("again", True))]
+    kept, again = (snapshot(tmp_path / name) for name in ("kept", "again"))
+    assert kept["model.safetensors"] == again["model.safetensors"]
+    assert [report.forecast["wide_results_kept"] for report in reports] == [True, False]
+
+
 def test_another_seed_draws_other_rows(run_tiny, tmp_path):
     one, other = run_tiny("one"), run_tiny("other", keys={"calibration.seed": 1})
     assert one.calibration["sha256"] != other.calibration["sha256"]

@@ -28,9 +28,11 @@ def test_device_memory_has_a_row_of_its_own(found):
 
 
 def test_lines_say_where_the_memory_goes(found):
-    lines = list(plan_lines(found))
+    lines = list(plan_lines(replace(found, low_memory_bytes=0)))
     assert lines[0] == "2 blocks, 1,536 calibration tokens, activations in memory"
     assert lines[1].startswith("memory is largest at: ")
+    kept = list(plan_lines(replace(found, low_memory_bytes=10**8)))
+    assert kept[1] == "what wide layers give is kept; with --low-memory it is computed again: 100 MB"
     spilled = replace(found, spilled=True, in_memory_bytes=10**9, limits=Limits(10**8, None, None))
     assert list(plan_lines(spilled))[1].startswith(
         "activations are kept on disk: in memory the run would take 1 GB, and 100 MB"

@@ -66,6 +66,7 @@ class Plan:
         limits: what was there.
         spilled: activations go to disk because memory would not hold them, not because it was asked for.
         in_memory_bytes: what a spilled run would take in memory.
+        low_memory_bytes: what a run that keeps the results of wide layers would take without them; 0 for others.
     """
 
     facts: Facts
@@ -73,6 +74,7 @@ class Plan:
     limits: Limits
     spilled: bool = False
     in_memory_bytes: int = 0
+    low_memory_bytes: int = 0
 
     def line(self) -> str:
         """Return the forecast as one line, for the head of a run."""
@@ -320,16 +322,23 @@ def limits_at(output: Path, device: torch.device) -> Limits:
     return Limits(machine.available_memory(), machine.available_device_memory(device), machine.free_disk(output))
 
 
-def settle(facts: Facts, limits: Limits, output: Path) -> Plan:
+def settle(facts: Facts, limits: Limits, output: Path, *, low_memory: bool = False) -> Plan:
     """Decide where activations go, and whether there is memory to spare for products that need not be taken twice.
+
+    Args:
+        facts: of the run, as it was asked for.
+        limits: what there is.
+        output: named where it does not fit.
+        low_memory: whether such products are taken twice even where there is memory to spare.
 
     Raises:
         RequestError: the run fits neither way; the sentence says what would make it fit.
     """
-    facts = replace(facts, keep_wide=_ample(replace(facts, keep_wide=True), limits))
+    facts = replace(facts, keep_wide=not low_memory and _ample(replace(facts, keep_wide=True), limits))
     made = forecast(facts)
     if lacks(facts, made, limits) is None:
-        return Plan(facts, made, limits)
+        without = forecast(replace(facts, keep_wide=False)).host_bytes if facts.keep_wide else 0
+        return Plan(facts, made, limits, low_memory_bytes=without)
     spilled = replace(facts, on_disk=True)
     on_disk = forecast(spilled)
     if lacks(facts, made, limits) == "memory" and facts.batches and lacks(spilled, on_disk, limits) is None:

@@ -80,6 +80,7 @@ def quantize(
     overwrite: bool = False,
     device: str = "auto",
     activations_on_disk: bool = False,
+    low_memory: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> RunReport:
@@ -99,6 +100,7 @@ def quantize(
         overwrite: replace an existing output folder (at the very end), and forget a stopped run.
         device: `auto`, `cpu` or `cuda`; auto takes CUDA where there is one.
         activations_on_disk: keep the calibration activations memory-mapped beside the output.
+        low_memory: compute results of wide layers once more in place of keeping them; changes no result.
         trust_remote_code: let transformers run code that comes with the model.
         progress: where progress is shown; None shows nothing.
 
@@ -129,7 +131,7 @@ def quantize(
         progress.say(f"nothing to do: {target} is finished, and was made with the same request")
         return finished
     batches = _batches(rows)
-    ahead = _look_ahead(request, batch_shapes(batches), started, baseline, activations_on_disk, resume)
+    ahead = _look_ahead(request, batch_shapes(batches), started, baseline, activations_on_disk, low_memory, resume)
     progress.say(ahead.line())
     if ahead.spilled:
         progress.say(ahead.spill_line())
@@ -182,6 +184,7 @@ def plan(
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
     activations_on_disk: bool = False,
+    low_memory: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Forecast memory, disk and time of a run, without running it. Without calibration the recipe's rows are assumed.
@@ -200,7 +203,7 @@ def plan(
         shapes = batch_shapes(_batches(drawn))
     else:
         shapes = asked_batches(wanted.sequences, _row_length(request.recipe, request.adapter), wanted.held_out)
-    return _look_ahead(request, shapes, started, baseline, activations_on_disk, resume=False)
+    return _look_ahead(request, shapes, started, baseline, activations_on_disk, low_memory, resume=False)
 
 
 def _look_ahead(
@@ -209,15 +212,16 @@ def _look_ahead(
     started: float,
     baseline: Baseline,
     on_disk: bool,
+    low_memory: bool,
     resume: bool,
 ) -> Plan:
-    """Forecast a run and decide where its activations go."""
+    """Forecast a run and decide where its activations go, and which are kept."""
     facts = gather_facts(
         request.adapter, request.recipe, shapes, request.device, baseline=baseline, on_disk=on_disk and bool(shapes)
     )
     if resume and has_learned(request.output):
         facts = replace(facts, learning=None)
-    settled = settle(facts, limits_at(request.output, request.device), request.output)
+    settled = settle(facts, limits_at(request.output, request.device), request.output, low_memory=low_memory)
     parts = partial_folder(request.output.resolve()) / PARTS
     finished = len(list(parts.glob("*.safetensors"))) if resume else 0
     rates = rates_for(facts, request.device)

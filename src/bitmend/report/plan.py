@@ -30,6 +30,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"{blocks} blocks, {tokens:,} calibration tokens" + (f", activations {kept}" if tokens else "")
     if plan.spilled:
         yield plan.spill_line()
+    if plan.low_memory_bytes:
+        yield f"what wide layers give is kept; with --low-memory it is computed again: {size(plan.low_memory_bytes)}"
     largest = plan.forecast.largest
     terms = sorted(largest.host.items(), key=lambda term: -term[1])[:SHOWN_TERMS]
     yield f"memory is largest at: {largest.name} ({', '.join(f'{what} {size(count)}' for what, count in terms if count)})"
