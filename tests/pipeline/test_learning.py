@@ -160,6 +160,13 @@ def test_the_second_network_is_gone_when_it_has_been_learned(run_tiny, monkeypat
     assert len(seen) == 1
 
 
+def test_a_second_rotation_of_the_residual_stream_is_told_before_anything_is_learned(run_tiny, monkeypatch):
+    monkeypatch.setattr(WholeNetwork, "__init__", lambda *arguments: pytest.fail("it has begun to learn"))
+    both = {**LEARNED, "transforms": [*LEARNED["transforms"], {"name": "quarot"}]}
+    with pytest.raises(RecipeError, match="two transforms rotate the residual stream: spinquant and quarot; leave one"):
+        run_tiny(keys=both)
+
+
 def test_nothing_to_learn_from_is_told_before_anything_runs(run_tiny):
     with pytest.raises(
         RecipeError, match="spinquant learns from the rounding of activations, but the recipe rounds none"

@@ -1,8 +1,8 @@
 """bitmend itself, started like a peer: in a process of its own, on the same rows, measured in the same way.
 
-`method` is a recipe; `settings` are recipe keys, and `low_memory`. A quarter of the rows is held out for the proof, as by default; what passes
-is fitted again on all of them. `quantise` is the time of the loop over blocks (reading each block's weights included), `save`
-the rest of the call: probe of the model, hashes, packing, writing.
+`method` is a recipe; `settings` are recipe keys, and `low_memory`. A quarter of the rows is held out for the proof, as by
+default; what passes is fitted again on all of them. `quantise` is the time of the loop over blocks (reading each block's
+weights included), `save` the rest of the call: probe of the model, hashes, packing, writing.
 """
 
 import sys

@@ -39,7 +39,7 @@ PROOF_MATRICES, PROOF_IN_DOUBLE = 6, 6
 SWEEP_MATRICES = 4
 OPENING = "opening"
 # While rotations are learned: tensors of a row as wide as what groups of layers read, as what layers give, and as its logits.
-# Measured on rows of 256 to 1,024 tokens of books-7m and on a model of width 1,024: 0.86 to 1.1 of the largest memory.
+# Set so that they covered peaks seen on two llamas; no benchmark of this repository measures them yet.
 LEARNT_WIDTHS, LEARNT_OUTS, LEARNT_LOGITS = 10, 3, 8
 # run.json and the manifest, per site; marr lists its steps.
 SITE_REPORT_BYTES = 2048

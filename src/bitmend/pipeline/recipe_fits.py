@@ -8,6 +8,7 @@ from bitmend.numerics.granularity import num_groups
 from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.recipe import Recipe
 from bitmend.protocols import LearningTransform, ModelAdapter
+from bitmend.rotating import RotatingTransform
 from bitmend.sites import AttentionSite, Block
 
 
@@ -30,15 +31,11 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
     """Check every grid against every site before anything is computed.
 
     Raises:
-        RecipeError: a group size that does not fit a site (named), an override that matches nothing.
+        RecipeError: a group size that does not fit a site (named), an override that matches nothing, transforms that are not
+            to be had together.
         ModelError: packed experts in a form that cannot be quantised, or attention that cannot be rounded but is to be.
     """
-    for keys, part in zip(recipe.transforms, recipe.build_transforms(), strict=True):
-        if isinstance(part, LearningTransform) and recipe.activations is None:
-            raise RecipeError(
-                f"the transform {keys['name']} learns from the rounding of activations, but the recipe rounds none; set "
-                "activations.bits, or take another transform"
-            )
+    _check_transforms(recipe)
     found = _find(adapter, attend=recipe.changes_attention)
     for name, width in found.widths.items():
         _check_site(recipe, adapter, name, width)
@@ -63,6 +60,23 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
             raise RecipeError(
                 f"the override for {override.targets} matches attentions only, of which it can do nothing but skip the "
                 "rounding; set skip = true, or name a layer"
+            )
+
+
+def _check_transforms(recipe: Recipe) -> None:
+    """Refuse here what would be told only once a transform has learned, which may take an hour."""
+    named = [(keys["name"], part) for keys, part in zip(recipe.transforms, recipe.build_transforms(), strict=True)]
+    turning = [name for name, part in named if isinstance(part, RotatingTransform) and part.residual]
+    if len(turning) > 1:
+        raise RecipeError(
+            f"two transforms rotate the residual stream: {' and '.join(turning)}; leave one out, or set its "
+            "residual = false"
+        )
+    for name, part in named:
+        if isinstance(part, LearningTransform) and recipe.activations is None:
+            raise RecipeError(
+                f"the transform {name} learns from the rounding of activations, but the recipe rounds none; set "
+                "activations.bits, or take another transform"
             )
 
 
