@@ -205,7 +205,7 @@ class Transforms:
             if part is self._rotating and self._rotation is not None:
                 hidden, before, turn = self._rotation.apply(hidden), self._rotation.apply(before), None
             if part.exact:
-                _prove(part, block.name, before, added(hidden))
+                _prove(part, block.name, before, added(hidden), rotated=list(found.inputs))
             if judging is not None:
                 judged = self._judge(part, judging.before, judging.error(), forced)
                 found.judged.append(judged)
@@ -274,14 +274,21 @@ def _refuse_twice(inputs: Mapping[str, AnyRotation], done: Transformed) -> None:
         raise RecipeError(f"two transforms rotate the input of {twice[0]} while the model runs; leave one of them out")
 
 
-def _prove(part: Transform, where: str, wanted: Tensor, got: Tensor) -> None:
+def _prove(part: Transform, where: str, wanted: Tensor, got: Tensor, rotated: Sequence[str] = ()) -> None:
+    """Refuse a transform that changes what is computed; `rotated`: inputs that earlier ones rotate as the model runs."""
     size = float(wanted.double().norm())
     error = float((wanted.double() - got.double()).norm()) / size if size else float(got.double().norm())
-    if not error <= SLACK[wanted.dtype]:
-        raise ModelError(
-            f"the transform {type(part).__name__} must keep what {where} computes, but changes it by {error:.2g} of its "
-            "size; this architecture is wired in a way that it does not know; leave it out"
+    if error <= SLACK[wanted.dtype]:
+        return
+    if rotated:
+        raise RecipeError(
+            f"the transform {type(part).__name__} cannot come behind one that rotates {rotated[0]} while the model runs: it "
+            f"would change what {where} computes by {error:.2g} of its size; put it in front, or leave one of them out"
         )
+    raise ModelError(
+        f"the transform {type(part).__name__} must keep what {where} computes, but changes it by {error:.2g} of its "
+        "size; this architecture is wired in a way that it does not know; leave it out"
+    )
 
 
 class _Turned:
