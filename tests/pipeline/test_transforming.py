@@ -107,10 +107,9 @@ def test_only_one_may_rotate_an_input(tiny_model):
 
 def test_smoothing_behind_a_rotation_that_runs_is_refused_by_order(run_tiny):
     """A factor of each feature does not pass a rotation that mixes them."""
+    both = [{"name": "quarot", "force": True}, {"name": "smooth"}]
     with pytest.raises(RecipeError, match=r"Smooth cannot come behind one that rotates .*; put it in front"):
-        run_tiny(
-            keys={"weights.bits": 8, "weights.group_size": -1, "transforms": [{"name": "quarot"}, {"name": "smooth"}]}
-        )
+        run_tiny(keys={"weights.bits": 8, "weights.group_size": -1, "transforms": both})
 
 
 def test_ends_are_transformed_once_and_told_of(tiny_model):
