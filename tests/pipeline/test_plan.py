@@ -160,6 +160,8 @@ def test_wide_results_are_kept_only_where_memory_is_ample(facts, tmp_path):
     assert found.facts == wide
     assert found.to_json()["wide_results_kept"]
     assert found.low_memory_bytes == forecast(facts).host_bytes < found.forecast.host_bytes
+    opened = replace(facts, opening_bytes=10 * found.forecast.host_bytes)  # where the most is taken before any block
+    assert settle(opened, at(10**12), tmp_path / "out").low_memory_bytes == 0
     saving = settle(facts, at(enough), tmp_path / "out", low_memory=True)
     assert (saving.facts, saving.low_memory_bytes) == (facts, 0)
     last_runs = [

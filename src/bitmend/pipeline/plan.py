@@ -66,7 +66,7 @@ class Plan:
         limits: what was there.
         spilled: activations go to disk because memory would not hold them, not because it was asked for.
         in_memory_bytes: what a spilled run would take in memory.
-        low_memory_bytes: what a run that keeps the results of wide layers would take without them; 0 for others.
+        low_memory_bytes: what a run that keeps the results of wide layers would take without them; 0 where that is no less.
     """
 
     facts: Facts
@@ -337,8 +337,8 @@ def settle(facts: Facts, limits: Limits, output: Path, *, low_memory: bool = Fal
     facts = replace(facts, keep_wide=not low_memory and _ample(replace(facts, keep_wide=True), limits))
     made = forecast(facts)
     if lacks(facts, made, limits) is None:
-        without = forecast(replace(facts, keep_wide=False)).host_bytes if facts.keep_wide else 0
-        return Plan(facts, made, limits, low_memory_bytes=without)
+        without = forecast(replace(facts, keep_wide=False)).host_bytes
+        return Plan(facts, made, limits, low_memory_bytes=without if without < made.host_bytes else 0)
     spilled = replace(facts, on_disk=True)
     on_disk = forecast(spilled)
     if lacks(facts, made, limits) == "memory" and facts.batches and lacks(spilled, on_disk, limits) is None:
