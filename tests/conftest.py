@@ -29,11 +29,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 torch.set_num_threads(1)
 
 VOCABULARY = 61
+SLOW = Path(__file__).parent / "slow.txt"
 LONG = ("test_readme.py", "test_examples.py", "test_demo.py")  # minutes each
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest tests, so that none of them is what all processes wait for in the end."""
+    """Begin with the longest tests, so that none of them is what all processes wait for in the end; mark the slow ones."""
+    slow = {line for line in SLOW.read_text().splitlines() if line and not line.startswith("#")}
+    for item in items:
+        path = item.path.relative_to(SLOW.parent).as_posix()
+        if f"{path}::{item.name}" in slow or f"{path}::{item.name.partition('[')[0]}" in slow:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in LONG)
 
 

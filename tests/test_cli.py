@@ -331,15 +331,15 @@ def test_a_folder_without_config(refused, quantise, tiny_text, tmp_path, command
             "encoder.block (2 x T5Block)",
         ),
         (
-            transformers.ViTConfig(
-                architectures=["ViTForImageClassification"], hidden_size=16, num_hidden_layers=2,
+            transformers.BertConfig(
+                architectures=["BertForMaskedLM"], hidden_size=16, num_hidden_layers=2,
                 num_attention_heads=2, intermediate_size=16,
             ),
             "it is not a causal language model",
-            "2 x ViTLayer",
+            "2 x BertLayer",
         ),
     ],
-    ids=["t5", "vit"],
+    ids=["t5", "bert"],
 )  # fmt: skip
 def test_an_architecture_that_is_not_read_names_its_modules(refused, quantise, tmp_path, config, why, modules):
     config.save_pretrained(tmp_path / "model")
@@ -531,7 +531,9 @@ def test_a_log_inside_the_output_is_fine(bitmend, quantise):
 
 # ------------------------------------------------------------------------------------------------ evaluate, generate
 def test_evaluate_that_cannot_be(refused, tiny_model, tiny_text, tmp_path):
-    assert "evaluate needs at least one text, but none came; pass --text FILE" in refused("evaluate", tiny_model)
+    assert "evaluate needs at least one text or set of pictures, but none came; pass --text FILE" in refused(
+        "evaluate", tiny_model
+    )
     missing = refused("evaluate", tiny_model, "--text", "none.txt", "--window-length", "16")
     assert missing == "none.txt: a text file is required, but there is none; check the path"
     (tmp_path / "short.txt").write_text("w3 w4 w5")

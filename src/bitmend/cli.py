@@ -24,10 +24,12 @@ from bitmend.cli_options import (
     DeviceOption,
     DiskOption,
     GroupSizeOption,
+    ImagesOption,
     JsonOption,
     LowMemoryOption,
     ModelArgument,
     OverwriteOption,
+    PicturesOption,
     QuietOption,
     SeedOption,
     SequenceLengthOption,
@@ -46,6 +48,7 @@ from bitmend.cli_plan import plan
 from bitmend.errors import QuantizationError, RequestError
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells make of SIGINT and SIGTERM: 128 and the number
+WINDOWS_AT_ONCE, PICTURES_AT_ONCE = 8, 64
 NOTHING_LEFT = "nothing unfinished was left behind"
 
 app = typer.Typer(
@@ -130,29 +133,37 @@ app.command()(plan)
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub names.", show_default=False)],
     text: TextOption = None,
+    images: ImagesOption = None,
     reference: Annotated[str | None, typer.Option(help="The model to compare with, usually the original.")] = None,
     windows: WindowsOption = 160,
     window_length: WindowLengthOption = 512,
-    batch_size: Annotated[int, typer.Option(help="Windows that run at once.", min=1)] = 8,
+    pictures: PicturesOption = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows (8 unless given) or pictures (64) that run at once.", min=1)
+    ] = None,
     device: DeviceOption = Device.AUTO,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Score models on texts: perplexity, and agreement with a reference."""
+    """Score models on texts or pictures: perplexity, top-1, and agreement with a reference."""
     from bitmend.evaluate.evaluate import evaluate as score
     from bitmend.pipeline.run import choose_device
     from bitmend.report.summary import evaluation_rows
 
     check_json_path(json_file)
-    if not text:
-        raise RequestError("evaluate needs at least one text, but none came; pass --text FILE")
+    if not text and not images:
+        raise RequestError(
+            "evaluate needs at least one text or set of pictures, but none came; pass --text FILE or --images PATH"
+        )
     report = score(
         models,
-        texts=text,
+        texts=text or (),
+        images=images or (),
         reference=reference,
         windows=windows or None,
         window_length=window_length,
-        batch_size=batch_size,
+        pictures=pictures or None,
+        batch_size=batch_size or (PICTURES_AT_ONCE if images else WINDOWS_AT_ONCE),
         device=choose_device(device.value),
         progress=progress_of(quiet),
     )
@@ -188,6 +199,7 @@ def compare(
         bool, typer.Option("--discard-models", help="Keep the records of the runs, not the weights.")
     ] = False,
     activations_on_disk: DiskOption = False,
+    low_memory: LowMemoryOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compare recipes: the same calibration rows, the same texts, one table, best first.
@@ -213,6 +225,7 @@ def compare(
         overwrite=overwrite,
         keep_models=not discard_models,
         activations_on_disk=activations_on_disk,
+        low_memory=low_memory,
         progress=progress_of(quiet),
     )
     show_table(*comparison_rows(found))

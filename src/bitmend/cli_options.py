@@ -31,11 +31,20 @@ GroupSizeOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Replace a recipe key, for example solver.damping=0.05.")
 ]
-CalibrationOption = Annotated[list[str] | None, typer.Option(help="Text, .jsonl, .npy or hf:NAME; may be given again.")]
-SequencesOption = Annotated[int | None, typer.Option(help="Calibration rows.")]
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text, .jsonl, .npy or hf:NAME; for a model of pictures a folder, .tar or .npz of them; may be given again."
+    ),
+]
+SequencesOption = Annotated[int | None, typer.Option(help="Calibration rows, or pictures.")]
 SequenceLengthOption = Annotated[int | None, typer.Option(help="Tokens in a calibration row.")]
 SeedOption = Annotated[int | None, typer.Option(help="Which rows are drawn and which are held out.")]
 TextOption = Annotated[list[Path] | None, typer.Option(help="A UTF-8 text; may be given again.")]
+ImagesOption = Annotated[
+    list[Path] | None, typer.Option(help="Pictures in class folders, a .tar of them or an .npz; may be given again.")
+]
+PicturesOption = Annotated[int, typer.Option(help="Pictures of each set; 0 for all.", min=0)]
 WindowsOption = Annotated[int, typer.Option(help="Windows of each text; 0 for all.", min=0)]
 WindowLengthOption = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 DiskOption = Annotated[

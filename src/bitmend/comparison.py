@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from bitmend.calibrate.data import CalibrationSet
 from bitmend.errors import CheckpointError, OutputError, QuantizationError, RequestError, ResumeError
 from bitmend.evaluate.evaluate import evaluate
 from bitmend.evaluate.load import LoadedModel, check_context
@@ -26,8 +25,9 @@ from bitmend.models.find import find_adapter
 from bitmend.models.fingerprint import model_fingerprint
 from bitmend.models.loading import resolve_model
 from bitmend.models.tokenizer import load_tokenizer
+from bitmend.pipeline.calibration_rows import Rows, draw_calibration
 from bitmend.pipeline.recipe_list import LabelledRecipe, check_same_rows, parse_recipe_list
-from bitmend.pipeline.run import check_guard, choose_device, draw_calibration, quantize, versions
+from bitmend.pipeline.run import check_guard, choose_device, quantize, versions
 from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress
 from bitmend.report.comparison import Comparison, Entry, read_comparison
 
@@ -52,6 +52,7 @@ def compare(
     overwrite: bool = False,
     keep_models: bool = True,
     activations_on_disk: bool = False,
+    low_memory: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Quantise a model with several recipes on the same calibration rows, and score the results on the same texts.
@@ -72,6 +73,7 @@ def compare(
         overwrite: replace an existing comparison, as soon as the request has been checked.
         keep_models: keep the weights of each model; without, only its run.json, recipe.toml and ledger.json stay.
         activations_on_disk: keep the calibration activations memory-mapped.
+        low_memory: compute results of wide layers once more in place of keeping them; changes no result.
         progress: where progress is shown; None shows nothing.
 
     Returns:
@@ -96,6 +98,11 @@ def compare(
     place, folder, target = choose_device(device), resolve_model(model), Path(output)
     _check_output(target, folder, resume, overwrite)
     adapter = find_adapter(folder, device=place)
+    if adapter.reads != "tokens":
+        raise RequestError(
+            "a comparison scores models on texts, and the model reads pictures; run `bitmend quantize` for each recipe, then "
+            "`bitmend evaluate MODEL... --images PATH`"
+        )
     _check_texts(adapter, str(model), texts, windows, window_length)
     # Their calibration keys agree; rows are as short as the longest prefix that one of them may put in front needs them.
     longest = max(plans, key=lambda plan: 0 if plan.recipe.prefix is None else plan.recipe.prefix.most_tokens)
@@ -113,7 +120,7 @@ def compare(
     )
     if resume:
         comparison = _earlier(target / RECORD, comparison, plans)
-    run = _Run(folder, rows, target, place, comparison, keep_models, activations_on_disk, shown)
+    run = _Run(folder, rows, target, place, comparison, keep_models, activations_on_disk, low_memory, shown)
     run.open(overwrite)
     run.score_reference()
     run.run_all(plans)
@@ -125,12 +132,13 @@ class _Run:
     """A comparison under way."""
 
     model: Path
-    rows: CalibrationSet
+    rows: Rows
     output: Path
     device: torch.device
     comparison: Comparison
     keep_models: bool
     activations_on_disk: bool
+    low_memory: bool
     progress: Progress
 
     def open(self, overwrite: bool) -> None:
@@ -205,6 +213,7 @@ class _Run:
             "output": folder,
             "device": self.device.type,
             "activations_on_disk": self.activations_on_disk,
+            "low_memory": self.low_memory,
             "progress": self.progress,
         }
         try:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.learned_rotation import AnyRotation, StreamRotation
+from bitmend.numerics.activation_ranges import AnyRounding
 from bitmend.numerics.activations import ActivationSpec
 
 _PUT_OFF = "_bitmend_rounding_put_off"  # on a module
@@ -33,7 +34,7 @@ class InputScheme:
     """
 
     rotation: AnyRotation | None = None
-    activations: ActivationSpec | None = None
+    activations: AnyRounding | None = None
 
     def apply(self, values: Tensor) -> Tensor:
         """Return what the layer reads instead of `values`."""
@@ -88,7 +89,7 @@ class AttentionScheme:
     queries: ActivationSpec | None = None
     keys: ActivationSpec | None = None
     values: ActivationSpec | None = None
-    probabilities: ActivationSpec | None = None
+    probabilities: AnyRounding | None = None
     prefix: PrefixShape | None = None
 
     def of_queries(self, queries: Tensor) -> Tensor:
@@ -133,9 +134,9 @@ def attach_input(module: nn.Module, scheme: InputScheme) -> RemovableHandle:
 
 
 @contextmanager
-def rounding_put_off(module: nn.Module) -> Iterator[list[ActivationSpec]]:
+def rounding_put_off(module: nn.Module) -> Iterator[list[AnyRounding]]:
     """Let `module` be called with what it would round; how it would have rounded is noted in the list, call by call."""
-    found: list[ActivationSpec] = []
+    found: list[AnyRounding] = []
     module.__dict__[_PUT_OFF] = found
     try:
         yield found

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bitmend.errors import RequestError
 from bitmend.linalg.learned_rotation import AnyRotation, StreamRotation
 from bitmend.linalg.moments import Moments
 from bitmend.numerics.activations import ActivationSpec
@@ -236,11 +237,11 @@ class Calibrated(Protocol):
         """
         ...
 
-    def some_inputs(self, block: Block, paths: Sequence[str], count: int) -> dict[str, Tensor]:
+    def some_inputs(self, block: Block, paths: Sequence[str], count: int, *, evenly: bool = False) -> dict[str, Tensor]:
         """Return some tokens (token, features) that these layers read, in the quantised network, of the fit split.
 
-        Half of the `count` are those with the largest magnitudes, the others are taken evenly. A layer that reads no token
-        has no entry. Runs the block as it stands, on the residual stream as the block takes it.
+        Half of the `count` are those with the largest magnitudes, the others are taken evenly; all of them with `evenly`. A
+        layer that reads no token has no entry. Runs the block as it stands, on the residual stream as the block takes it.
         """
         ...
 
@@ -397,17 +398,88 @@ class TokenBatch:
         """How many real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
+    @property
+    def num_rows(self) -> int:
+        """How many texts, or pieces of them."""
+        return self.ids.shape[0]
+
+    @property
+    def num_places(self) -> int:
+        """How many tokens run, padding among them."""
+        return self.ids.numel()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Equal for batches whose blocks are called with the same further arguments, unless they are padded."""
+        return tuple(self.ids.shape)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Some pictures of one batch, as the model reads them.
+
+    Attributes:
+        pixels: resized and normalised.
+    """
+
+    pixels: Float[Tensor, "image channel height width"]
+
+    @property
+    def mask(self) -> None:
+        """Pictures are never padded."""
+        return
+
+    @property
+    def num_rows(self) -> int:
+        """How many pictures."""
+        return self.pixels.shape[0]
+
+    @property
+    def num_places(self) -> int:
+        """How many pictures; how many tokens a block makes of one is for the block to say."""
+        return self.pixels.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of `TokenBatch`."""
+        return tuple(self.pixels.shape)
+
+
+Batch = TokenBatch | ImageBatch
+
+
+def tokens_of(batch: Batch) -> TokenBatch:
+    """Return a batch that holds tokens.
+
+    Raises:
+        RequestError: it holds pictures.
+    """
+    if not isinstance(batch, TokenBatch):
+        raise RequestError("the model reads tokens, but pictures came; give a text")
+    return batch
+
+
+def pixels_of(batch: Batch) -> Float[Tensor, "image channel height width"]:
+    """Return the pictures of a batch.
+
+    Raises:
+        RequestError: it holds tokens.
+    """
+    if not isinstance(batch, ImageBatch):
+        raise RequestError("the model reads pictures, but tokens came; give a folder of pictures")
+    return batch.pixels
+
 
 @dataclass(frozen=True)
 class BlockInputs:
     """What the first block gets, and the further arguments of every block.
 
     Attributes:
-        hidden: input of block 0.
+        hidden: input of block 0; of image models, where the first block is the one that reads pictures, the pictures.
         arguments: for each block the positional arguments after the hidden states, and the keyword arguments.
     """
 
-    hidden: Float[Tensor, "batch sequence features"]
+    hidden: Float[Tensor, "batch *features"]
     arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
 
@@ -419,8 +491,11 @@ class ModelAdapter(Protocol):
     folder: Path
     dtype: torch.dtype
     block_names: tuple[str, ...]
-    embedding_name: str
-    head_name: str | None  # None when the head is tied to the embedding
+    embedding_name: str | None  # None where what is read are no tokens
+    head_names: tuple[str, ...]  # linear layers behind the last block; none when the head is tied to the embedding
+    reads: Literal["tokens", "pictures"]
+    first_layer: str | None  # of models that read pictures: the path of the layer that runs first
+    row_length: int | None  # places of a row where all rows have as many; None: any number of tokens
 
     def reopened(self, dtype: torch.dtype) -> "ModelAdapter":
         """Return the same model opened once more, in another dtype."""
@@ -434,11 +509,23 @@ class ModelAdapter(Protocol):
         """Forget one block's tensors."""
         ...
 
-    def describe_block(self, index: int, batch: TokenBatch) -> Block:
+    def few_rows(self) -> Batch:
+        """Return a few rows that every model of the kind can read; only the order of layers is read from them."""
+        ...
+
+    def sample_inputs(self, index: int, rows: int, length: int) -> tuple[Tensor, BlockInputs]:
+        """Return some numbers as a block reads them, of `rows` rows of `length` places, and the arguments of the blocks."""
+        ...
+
+    def stream_width(self) -> int:
+        """Return how many entries the hidden states have for one place, between the two blocks where they have most."""
+        ...
+
+    def describe_block(self, index: int, batch: Batch) -> Block:
         """Run a few tokens through a loaded block and return its sites in execution order."""
         ...
 
-    def wiring_of(self, block: Block, batch: TokenBatch) -> Wiring:
+    def wiring_of(self, block: Block, batch: Batch) -> Wiring:
         """Return how the layers of a loaded block hang together; runs it on a few tokens some times."""
         ...
 
@@ -450,15 +537,15 @@ class ModelAdapter(Protocol):
         """
         ...
 
-    def attentions_of(self, block: Block, batch: TokenBatch) -> tuple[AttentionSite, ...]:
+    def attentions_of(self, block: Block, batch: Batch) -> tuple[AttentionSite, ...]:
         """Return where a loaded block attends; runs it on a few tokens. `prepare_attention_` comes first."""
         ...
 
-    def ends(self, batch: TokenBatch) -> ModelEnds:
+    def ends(self, batch: Batch) -> ModelEnds:
         """Return what lies around the blocks; runs it on a few tokens."""
         ...
 
-    def block_inputs(self, batch: TokenBatch) -> BlockInputs:
+    def block_inputs(self, batch: Batch) -> BlockInputs:
         """Run everything before the first block."""
         ...
 
@@ -471,26 +558,22 @@ class ModelAdapter(Protocol):
         ...
 
     def run_block(
-        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
-    ) -> Float[Tensor, "batch sequence features"]:
+        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch *made"]:
         """Run one loaded block."""
         ...
 
     def forward_block(
-        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
-    ) -> Float[Tensor, "batch sequence features"]:
+        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch *made"]:
         """Run one loaded block with gradients, if they are on."""
         ...
 
-    def logits(
-        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
-    ) -> Float[Tensor, "batch sequence vocabulary"]:
+    def logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
         """Run everything after the last block."""
         ...
 
-    def forward_logits(
-        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
-    ) -> Float[Tensor, "batch sequence vocabulary"]:
+    def forward_logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
         """Run everything after the last block with gradients, if they are on."""
         ...
 

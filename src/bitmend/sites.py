@@ -1,18 +1,20 @@
 """Typed facts about a model: which matrices can be quantised, which share an input, in which order they run.
 
-Whatever a layer looks like in its model (a linear, GPT-2's transposed `Conv1D`), a site presents it as a weight
-`(out, in)` and inputs `(token, in)`. That translation exists here and nowhere else; a new kind of layer is one more
-`LayerView`.
+Whatever a layer looks like in its model (a linear, GPT-2's transposed `Conv1D`, a convolution of pictures), a site presents
+it as a weight `(out, in)` and inputs `(token, in)`. That translation exists here and nowhere else; a new kind of layer is
+one more `LayerView`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, NoReturn, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
+from bitmend.errors import RequestError
 from bitmend.linalg.learned_rotation import AnyRotation
 from bitmend.routing import Expert
 
@@ -21,7 +23,16 @@ PIECE_ENTRIES = 1 << 20  # of a matrix, rotated at a time: in float64 at once it
 
 @runtime_checkable
 class LayerView(Protocol):
-    """How one class of layers holds its weight and takes its input."""
+    """How one class of layers holds its weight and takes its input.
+
+    Attributes:
+        one_input: whether all outputs read the same columns, so that the inputs can be had as rows; else the layer can be
+            rounded to nearest, which needs no inputs.
+        features_last: whether the columns are the last axis of what the layer reads, and the outputs that of what it gives.
+    """
+
+    one_input: ClassVar[bool]
+    features_last: ClassVar[bool]
 
     def matches(self, module: nn.Module) -> bool:
         """Return whether this view can read `module`."""
@@ -35,14 +46,35 @@ class LayerView(Protocol):
         """Overwrite the module's weight with `weight`, cast to the module's dtype."""
         ...
 
-    def tokens(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "token in"]:
-        """Return the layer's input as one row per token."""
+    def reading(self, module: nn.Module) -> Hashable:
+        """Return a key that is equal for two layers exactly when they make the same rows of the same input."""
+        ...
+
+    def tokens(self, module: nn.Module, inputs: Float[Tensor, "*batch"]) -> Float[Tensor, "token in"]:
+        """Return what the layer reads as one row per token.
+
+        Raises:
+            RequestError: the outputs do not read the same columns (`one_input` is False).
+        """
+        ...
+
+    def pieces(self, module: nn.Module, inputs: Float[Tensor, "*batch"], rows: int) -> Iterator[Tensor]:
+        """Yield the rows of `tokens` in order, about `rows` at a time.
+
+        The unfolded input of a convolution, 9 times its input for kernels of 3 x 3, then never lies in memory whole.
+
+        Raises:
+            RequestError: as of `tokens`.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class LinearView:
     """`nn.Linear`: the weight is (out, in) already."""
+
+    one_input: ClassVar[bool] = True
+    features_last: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -54,13 +86,24 @@ class LinearView:
         with torch.no_grad():
             module.get_parameter("weight").copy_(weight)
 
-    def tokens(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "token in"]:
+    def reading(self, module: nn.Module) -> Hashable:
+        del module
+        return ()
+
+    def tokens(self, module: nn.Module, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "token in"]:
+        del module
         return inputs.detach().reshape(-1, inputs.shape[-1])
+
+    def pieces(self, module: nn.Module, inputs: Float[Tensor, "*batch in"], rows: int) -> Iterator[Tensor]:
+        yield from torch.split(self.tokens(module, inputs), max(1, rows))
 
 
 @dataclass(frozen=True)
 class Conv1dView:
     """GPT-2's `Conv1D` of transformers: a linear whose weight is stored as (in, out)."""
+
+    one_input: ClassVar[bool] = True
+    features_last: ClassVar[bool] = True
 
     def matches(self, module: nn.Module) -> bool:
         # By name: this layer must not import transformers, and the class has no other mark than `nf`, its output width.
@@ -73,11 +116,143 @@ class Conv1dView:
         with torch.no_grad():
             module.get_parameter("weight").copy_(weight.T)
 
-    def tokens(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "token in"]:
-        return inputs.detach().reshape(-1, inputs.shape[-1])
+    def reading(self, module: nn.Module) -> Hashable:
+        return LinearView().reading(module)
+
+    def tokens(self, module: nn.Module, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "token in"]:
+        return LinearView().tokens(module, inputs)
+
+    def pieces(self, module: nn.Module, inputs: Float[Tensor, "*batch in"], rows: int) -> Iterator[Tensor]:
+        yield from LinearView().pieces(module, inputs, rows)
 
 
-LAYER_VIEWS: dict[str, LayerView] = {"linear": LinearView(), "conv1d": Conv1dView()}
+@dataclass(frozen=True)
+class Conv2dView:
+    """`nn.Conv2d` in one group: the product of a matrix with the patches of the pictures, one for each place of the output.
+
+    A place of the output is a token. Columns run over input channels, then rows, then columns of the kernel.
+    """
+
+    one_input: ClassVar[bool] = True
+    features_last: ClassVar[bool] = False
+
+    def matches(self, module: nn.Module) -> bool:
+        return _is_convolution(module) and module.groups == 1
+
+    def read(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        return module.get_parameter("weight").detach().flatten(1)
+
+    def write_(self, module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
+        with torch.no_grad():
+            kernels = module.get_parameter("weight")
+            kernels.copy_(weight.reshape(kernels.shape))
+
+    def reading(self, module: nn.Module) -> Hashable:
+        assert isinstance(module, nn.Conv2d)
+        return module.kernel_size, module.stride, _padding(module), module.dilation, module.groups
+
+    def tokens(
+        self, module: nn.Module, inputs: Float[Tensor, "*picture channel height width"]
+    ) -> Float[Tensor, "token in"]:
+        return _rows(_patches(module, inputs))
+
+    def pieces(
+        self, module: nn.Module, inputs: Float[Tensor, "*picture channel height width"], rows: int
+    ) -> Iterator[Tensor]:
+        patches = _patches(module, inputs)
+        high, wide = patches.shape[2:4]
+        band = max(1, min(high, rows // wide))
+        for pictures in torch.split(patches, max(1, rows // (high * wide))):
+            for part in torch.split(pictures, band, dim=2):
+                yield _rows(part)
+
+
+@dataclass(frozen=True)
+class GroupedConv2dView:
+    """`nn.Conv2d` in several groups, a depthwise one among them.
+
+    Each group of output channels reads input channels of its own, so that the layer is no single product of matrices and has
+    no rows of inputs. Its weight is (out, in / groups * kernel height * kernel width), to be rounded to nearest.
+    """
+
+    one_input: ClassVar[bool] = False
+    features_last: ClassVar[bool] = False
+
+    def matches(self, module: nn.Module) -> bool:
+        return _is_convolution(module) and module.groups > 1
+
+    def read(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        return Conv2dView().read(module)
+
+    def write_(self, module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
+        Conv2dView().write_(module, weight)
+
+    def reading(self, module: nn.Module) -> Hashable:
+        return Conv2dView().reading(module)
+
+    def tokens(self, module: nn.Module, inputs: Float[Tensor, "*batch"]) -> Float[Tensor, "token in"]:
+        del inputs
+        _refuse_rows(module)
+
+    def pieces(self, module: nn.Module, inputs: Float[Tensor, "*batch"], rows: int) -> Iterator[Tensor]:
+        del inputs, rows
+        _refuse_rows(module)
+
+
+def _is_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module computes what `nn.Conv2d` does, padded with zeros; a subclass may compute something else."""
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
+        return False
+    kind = type(module)
+    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+
+
+def _padding(convolution: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Return how many zeros are put left, right, above and below, whether given as numbers or as a word."""
+    if isinstance(convolution.padding, str):
+        sizes = zip(convolution.kernel_size, convolution.dilation, strict=True)
+        totals = [dilation * (size - 1) if convolution.padding == "same" else 0 for size, dilation in sizes]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(one, one) for one in convolution.padding]
+    (above, below), (left, right) = sides
+    return left, right, above, below
+
+
+def _patches(
+    module: nn.Module, inputs: Float[Tensor, "*picture channel height width"]
+) -> Float[Tensor, "pictures channel high wide kernel_high kernel_wide"]:
+    """Return what each place of the output reads, without a copy except for the padding."""
+    assert isinstance(module, nn.Conv2d)
+    pictures = inputs.detach() if inputs.ndim == 4 else inputs.detach().unsqueeze(0)
+    padding = _padding(module)
+    patches = functional.pad(pictures, padding) if any(padding) else pictures
+    shape = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(shape, start=2):
+        patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return patches
+
+
+def _rows(
+    patches: Float[Tensor, "pictures channel high wide kernel_high kernel_wide"],
+) -> Float[Tensor, "token in"]:
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+
+
+def _refuse_rows(module: nn.Module) -> NoReturn:
+    groups = getattr(module, "groups", None)
+    raise RequestError(
+        f"inputs as rows need a layer that is one product of matrices; got {type(module).__name__} in {groups} groups, each "
+        "of which reads channels of its own; round it to nearest, which needs no inputs"
+    )
+
+
+LAYER_VIEWS: dict[str, LayerView] = {
+    "linear": LinearView(),
+    "conv1d": Conv1dView(),
+    "conv2d": Conv2dView(),
+    "grouped_conv2d": GroupedConv2dView(),
+}
 
 
 def read_matrix(module: nn.Module) -> Float[Tensor, "out in"]:
@@ -202,7 +377,7 @@ class LinearSite:
         name: the module's full path in the model, for example `model.layers.0.mlp.down_proj`.
         path: the same inside its block, for example `mlp.down_proj`.
         kind: a key of `LAYER_VIEWS`.
-        shape: (out, in).
+        shape: (out, in), of the weight as a matrix.
     """
 
     name: str
@@ -226,19 +401,26 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class SiteGroup:
-    """Sites that read the same input, hence share its moments.
+    """Sites that read the same rows of the same input, hence share its moments.
 
     Attributes:
         name: the paths of the sites joined by `+`, with their common part once: `self_attn.{q_proj,k_proj,v_proj}`.
         sites: in execution order.
-        norm: path in the block of the module whose output is this input, or None when it is not a norm.
+        norm: path in the block of the module whose output is this input, or None when it is not a norm, something else reads
+            it, too, or the sites are convolutions.
         expert: where the sites stand in a mixture of experts; None for sites that every token reaches.
+        rows_per_place: rows of a site's product for one place of the hidden states: 1 where a token is a row; for a picture
+            as many as a layer makes of it.
+        entries_per_place: of what a site reads for one place; None: a row's width for each row. A convolution reads each
+            entry several times.
     """
 
     name: str
     sites: tuple[LinearSite, ...]
     norm: str | None
     expert: Expert | None = None
+    rows_per_place: float = 1.0
+    entries_per_place: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bitmend.errors import CheckpointError, ExportError, RequestError
 from bitmend.formats import reopen_child
 from bitmend.formats.compressed_tensors import CompressedTensors
 from bitmend.formats.ledger import ledger
+from bitmend.formats.native_source import open_native
 from bitmend.protocols import FORMATS, CheckpointFormat
 
 HALF = torch.bfloat16
@@ -171,6 +173,18 @@ def test_what_the_format_cannot_hold(quantised, helpers, tmp_path):
 
 def test_conv1d_is_refused(quantised, tmp_path):
     refused(quantised(family="gpt2"), tmp_path, "is a Conv1D of GPT-2, which compressed-tensors cannot hold")
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "grouped_conv2d"])
+def test_convolutions_are_refused(quantised, tmp_path, monkeypatch, kind):
+    made = quantised()
+
+    def opened(folder, target):
+        source = open_native(folder, target)
+        return replace(source, exported={name: replace(entry, kind=kind) for name, entry in source.exported.items()})
+
+    monkeypatch.setattr(module, "open_native", opened)
+    refused(made, tmp_path, "is a convolution, but an export to compressed-tensors holds")
 
 
 def test_a_shorter_last_group_is_refused(quantised, helpers, tmp_path):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import bitmend.formats.gptq as module
 from bitmend.errors import CheckpointError, ExportError, RequestError
 from bitmend.formats.gptq import GptqFormat
 from bitmend.formats.ledger import ledger
+from bitmend.formats.native_source import open_native
 from bitmend.formats.quantized_folder import read_quantized
 from bitmend.formats.read_gptq import gptq_config, gptq_layers
 from bitmend.formats.safetensors_file import TensorRecord
@@ -210,6 +212,18 @@ def test_sides_that_do_not_fill_words(quantised, helpers, tmp_path):
 
 def test_conv1d(quantised, tmp_path):
     refused(quantised(family="gpt2"), tmp_path, "is a Conv1D of GPT-2, which bitmend does not write as GPTQ")
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "grouped_conv2d"])
+def test_convolutions_are_refused(quantised, tmp_path, monkeypatch, kind):
+    made = quantised()
+
+    def opened(folder, target):
+        source = open_native(folder, target)
+        return replace(source, exported={name: replace(entry, kind=kind) for name, entry in source.exported.items()})
+
+    monkeypatch.setattr(module, "open_native", opened)
+    refused(made, tmp_path, "is a convolution, but GPTQ holds linear layers only")
 
 
 def test_a_shorter_last_group(quantised, helpers, tmp_path):

@@ -6,10 +6,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bitmend.errors import CheckpointError
-from bitmend.formats.hf_quantizer import VERIFY, BitmendConfig
+from bitmend.formats.hf_quantizer import VERIFY, BitmendConfig, attach_online_, swap_modules_
 from bitmend.formats.load import load
+from bitmend.formats.manifest import Manifest, ManifestEntry, quantization_config
+from bitmend.formats.native import site_tensors
+from bitmend.formats.writer import CheckpointWriter
+from bitmend.numerics.activations import ActivationSpec
+from bitmend.online import InputScheme
+from bitmend.runtime.conv import QuantConv2d
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
+from bitmend.sites import LAYER_VIEWS, layer_kind
 
 
 def logits(model, ids):
@@ -236,3 +243,104 @@ def test_the_inner_model_of_a_mixture_of_experts_loads_alone(quantised, ids):
     inner = transformers.AutoModel.from_pretrained(made.output)
     with torch.no_grad():
         assert torch.equal(inner(ids).last_hidden_state, made.dense.model(ids).last_hidden_state)
+
+
+# ------------------------------------------------------------------------------------------------ convolutions
+def resnet(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    return transformers.ResNetForImageClassification(config).to(dtype).eval()
+
+
+def quantise_convolutions(model, helpers, spec):
+    """Put dequantised weights into a model; return its manifest and the packed tensors."""
+    entries, tensors = {}, {}
+    for name, module in model.named_modules():
+        kind = layer_kind(module)
+        if kind in ("conv2d", "grouped_conv2d"):
+            view = LAYER_VIEWS[kind]
+            qtensor = helpers.min_max(view.read(module), spec)
+            entries[name] = ManifestEntry(spec, tuple(qtensor.codes.shape), kind)
+            tensors |= site_tensors(name, qtensor)
+            view.write_(module, qtensor.dequantize(module.weight.dtype))
+    return Manifest(entries), tensors
+
+
+def pixels(dtype=torch.float32):
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_are_packed(helpers, dtype):
+    model, packed = resnet(dtype), resnet(dtype)
+    before = logits(model, pixels(dtype))
+    manifest, tensors = quantise_convolutions(model, helpers, helpers.spec(3, False, -1, scale_dtype=dtype))
+    swapped = swap_modules_(packed, manifest, None)
+    assert swapped == {name: name for name in manifest.modules}
+    kinds = {name: type(module) for name, module in packed.named_modules() if "convolution" in name}
+    assert len(kinds) == 6  # the first, two in each of two blocks, and a shortcut
+    assert set(kinds.values()) == {QuantConv2d}
+    missing, unexpected = packed.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if name.rpartition(".")[0] in manifest.modules]
+    assert torch.equal(logits(packed, pixels(dtype)), logits(model, pixels(dtype)))
+    assert not torch.equal(logits(packed, pixels(dtype)), before)
+
+
+def test_a_model_of_convolutions_loads_and_saves_with_transformers(helpers, tmp_path, warnings_of_transformers):
+    model = resnet()
+    model.save_pretrained(tmp_path / "source")
+    manifest, tensors = quantise_convolutions(model, helpers, helpers.spec(4, True, -1))
+    others = {name: value for name, value in model.state_dict().items() if "convolution" not in name}
+    with CheckpointWriter(tmp_path / "source", tmp_path / "quantised") as writer:
+        writer.add("all", tensors | others)
+        writer.finish(quantization_config(manifest.modules), {})
+    load(tmp_path / "quantised").save_pretrained(tmp_path / "again")
+    for folder in ("quantised", "again"):
+        found, info = transformers.AutoModelForImageClassification.from_pretrained(
+            tmp_path / folder, output_loading_info=True
+        )
+        assert not any(info.values())
+        assert torch.equal(logits(found, pixels()), logits(model, pixels()))
+    assert not warnings_of_transformers
+
+
+def test_a_grouped_convolution_is_packed(helpers):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    packed = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    manifest, tensors = quantise_convolutions(model, helpers, helpers.spec(4, True, -1))
+    assert [entry.shape for entry in manifest.modules.values()] == [(8, 18), (8, 9)]
+    swap_modules_(packed, manifest, None)
+    packed.load_state_dict(tensors | {name: one for name, one in model.state_dict().items() if "bias" in name})
+    pictures = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(packed(pictures), model(pictures))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (((8, 36), "linear"), "0 is of kind 'linear' in the checkpoint, but Conv2d in the model"),
+        (((8, 36), "grouped_conv2d"), "0 is of kind 'grouped_conv2d' in the checkpoint, but Conv2d in the model"),
+        (((8, 18), "conv2d"), r"0 has the shape \(8, 18\) in the checkpoint, but \(8, 36\) in the model"),
+    ],
+)
+def test_a_convolution_that_does_not_fit_is_refused(helpers, entry, message):
+    with pytest.raises(CheckpointError, match=message):
+        swap_modules_(
+            torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), Manifest({"0": ManifestEntry(helpers.spec(), *entry)}), None
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_activations_of_a_convolution_are_refused(helpers, packed):
+    """They are rounded along the last axis, which is a line of the picture there."""
+    model, spec = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), helpers.spec(4, True, -1)
+    modules = {"0": ManifestEntry(spec, (8, 36), "conv2d")} if packed else {}
+    manifest = Manifest(modules, inputs={"0": InputScheme(activations=ActivationSpec(4))})
+    swap_modules_(model, manifest, None)
+    with pytest.raises(CheckpointError, match=r"changes activations at 0, which is no layer, .* on the last axis"):
+        attach_online_(model, manifest)

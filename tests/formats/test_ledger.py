@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from bitmend.errors import CheckpointError
 from bitmend.formats.ledger import CATEGORIES, QUANTISED, ledger
+from bitmend.formats.native import ManifestEntry, quantization_config, site_tensors
 
 
 def file_bytes(folder):
@@ -214,3 +215,17 @@ def test_a_stored_shape_of_another_type_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"m\.weight_shape must be int64 of shape \(2\); got float32"):
         ledger(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "grouped_conv2d"])
+def test_a_convolution_is_a_quantised_layer(helpers, tmp_path, kind):
+    """8 x 18 codes of 4 bits fill 3 words a row, of which 24 bits are padding."""
+    spec = helpers.spec(4, True, -1)
+    tensors = site_tensors("stem", helpers.min_max(torch.randn(8, 18), spec)) | {"stem.bias": torch.zeros(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"quantization_config": quantization_config({"stem": ManifestEntry(spec, (8, 18), kind)})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    account = ledger(tmp_path)
+    assert row(account, "stem").bits == {"codes": 8 * 72, "padding": 8 * 24, "scales": 8 * 32, "biases": 8 * 32}
+    assert account.quantised_weights == 144
+    assert account.bits_per_weight == 8 * (72 + 24 + 32) / 144

@@ -12,7 +12,9 @@ from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from bitmend.numerics.log_sqrt2 import LogSqrt2Spec
 from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.twin_uniform import TwinGeluSpec, TwinSoftmaxSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.online import AttentionScheme, InputScheme, PrefixShape
 
@@ -38,6 +40,12 @@ def test_schemes_survive_json(spec):
 def test_manifests_survive_json(named):
     modules = {name: ManifestEntry(spec, (3, 4), "conv1d") for name, spec in named.items()}
     manifest = Manifest(modules, provenance={"solver": "gptq"}, files={"model.safetensors": "00"})
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "grouped_conv2d", "embedding"])
+def test_kinds_survive_json(kind):
+    manifest = Manifest({"a": ManifestEntry(SPEC, (8, 32), kind)})
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
 
@@ -299,4 +307,139 @@ def test_hostile_ranges_are_refused(ranges, message):
     del config["seal"]
     config["inputs"]["b"]["activations"]["ranges"] = ranges
     with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(config)
+
+
+# ------------------------------------------------------------------------------------------------ of vision transformers
+VISION_INPUTS = {
+    "fc1": InputScheme(activations=ActivationSpec(4, False, ranges=(2.5,), lows=(-0.25,))),
+    "fc2": InputScheme(Rotation(12), TwinGeluSpec(4, 3.5)),
+    "out": InputScheme(activations=LogSqrt2Spec(6, 2.0)),
+}
+VISION_ATTENTIONS = {
+    "attention.0": AttentionScheme(None, ActivationSpec(4, ranges=(1.0,)), None, None, LogSqrt2Spec(4, 0.75)),
+    "attention.1": AttentionScheme(probabilities=TwinSoftmaxSpec(4, 6)),
+    "attention.2": AttentionScheme(values=ActivationSpec(4, False, ranges=(1.0, 0.0), lows=(-0.5, -2.0))),
+}
+
+
+def vision_config():
+    modules = {"a": ManifestEntry(SPEC, (8, 32))}
+    manifest = Manifest(modules, inputs=VISION_INPUTS, attentions=VISION_ATTENTIONS)
+    return manifest, json.loads(json.dumps(manifest.to_json()))
+
+
+def test_grids_of_vision_transformers_survive_json():
+    manifest, config = vision_config()
+    assert config["format_version"] == 5
+    assert Manifest.from_json(config) == manifest
+    assert config["inputs"]["fc1"]["activations"] == {
+        "bits": 4, "symmetric": False, "group_size": -1, "clip_ratio": 1.0, "ranges": [2.5], "lows": [-0.25],
+    }  # fmt: skip
+    assert config["inputs"]["fc2"]["activations"] == {"kind": "twin_gelu", "bits": 4, "range": 3.5}
+    assert config["attentions"]["attention.0"]["probabilities"] == {"kind": "log_sqrt2", "bits": 4, "range": 0.75}
+    assert config["attentions"]["attention.1"]["probabilities"] == {
+        "kind": "twin_softmax", "bits": 4, "split_exponent": 6,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*VISION_INPUTS, "attention.0", "attention.1", "attention.2"])
+def test_older_versions_do_not_hold_grids_of_vision_transformers(name):
+    inputs = {name: VISION_INPUTS[name]} if name in VISION_INPUTS else {}
+    attentions = {} if inputs else {name: VISION_ATTENTIONS[name]}
+    found = Manifest({"a": ManifestEntry(SPEC, (8, 32))}, inputs=inputs, attentions=attentions)
+    config = json.loads(json.dumps(found.to_json()))
+    assert config["format_version"] == 5
+    del config["seal"]
+    with pytest.raises(
+        CheckpointError, match=r"version 4, but holds ranges with zero points or grids that are not uniform"
+    ):
+        Manifest.from_json({**config, "format_version": 4})
+
+
+def test_the_json_of_symmetric_and_dynamic_grids_is_as_it_was():
+    def written(spec):
+        return Manifest({}, inputs={"b": InputScheme(activations=spec)}).to_json()["inputs"]["b"]["activations"]
+
+    keys = {"bits": 4, "symmetric": True, "group_size": -1, "clip_ratio": 1.0}
+    assert written(ActivationSpec(4)) == keys
+    assert written(ActivationSpec(4, ranges=(2.0,))) == {**keys, "ranges": [2.0]}
+    assert written(ActivationSpec(4, False, 8)) == {**keys, "symmetric": False, "group_size": 8}
+    _, config = online_config()
+    del config["seal"]
+    config["inputs"]["layers.0.up"]["activations"]["kind"] = "uniform"  # what none says
+    assert Manifest.from_json(config).inputs == INPUTS
+
+
+@pytest.mark.parametrize(
+    "spec", [LogSqrt2Spec(4), TwinGeluSpec(4), ActivationSpec(4, False, ranges=(), lows=())], ids=repr
+)
+def test_ranges_that_are_not_known_yet_are_not_stored(spec):
+    with pytest.raises(RequestError, match="static ranges must be found before they are stored"):
+        Manifest({}, inputs={"b": InputScheme(activations=spec)}).to_json()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("inputs", "fc1", "activations", "lows"), [], "must have 1 to 4096 lows, numbers"),
+        (("inputs", "fc1", "activations", "lows"), [-1], "must have 1 to 4096 lows, numbers"),
+        (("inputs", "fc1", "activations", "lows"), [-1.0] * 5000, "must have 1 to 4096 lows, numbers"),
+        (("inputs", "fc1", "activations", "lows"), -1.0, "'lows' to be of type list"),
+        (("inputs", "fc1", "activations", "lows"), None, "'lows' to be of type list; got nothing"),
+        (("inputs", "fc1", "activations", "lows"), [-1.0, -1.0], "as many lows as ranges; got 2 lows and 1 ranges"),
+        (("inputs", "fc1", "activations", "lows"), [0.5], "at fc1 is impossible: static ranges with zero points"),
+        (("inputs", "fc1", "activations", "lows"), [float("nan")], "must be finite, hold 0"),
+        (("inputs", "fc1", "activations", "lows"), [float("-inf")], "must be finite, hold 0"),
+        (("inputs", "fc1", "activations", "ranges"), [-0.5], "must be finite, hold 0"),
+        (("inputs", "fc1", "activations", "symmetric"), True, "impossible: lows are the lower ends"),
+        (
+            ("inputs", "fc2", "activations", "kind"),
+            "codebook",
+            "has a grid of the kind 'codebook', this release reads uniform",
+        ),
+        (("inputs", "fc2", "activations", "kind"), 3, "'kind' to be of type str; got 3"),
+        (("inputs", "fc2", "activations", "kind"), "uniform", "'symmetric' to be of type bool; got nothing"),
+        (("inputs", "fc2", "activations", "kind"), "twin_softmax", "must say kind, bits and split_exponent of a grid"),
+        (("inputs", "fc2", "activations", "more"), 1, "must say kind, bits and range of a grid"),
+        (("inputs", "fc2", "activations", "bits"), 9, "at fc2 is impossible: activation bits must be a whole number"),
+        (("inputs", "fc2", "activations", "bits"), 4.0, "'bits' to be of type int"),
+        (("inputs", "fc2", "activations", "bits"), True, "'bits' to be of type int"),
+        (("inputs", "fc2", "activations", "range"), 2, "'range' to be of type float"),
+        (("inputs", "fc2", "activations", "range"), None, "'range' to be of type float; got nothing"),
+        (("inputs", "fc2", "activations", "range"), -1.0, "impossible: the range of activations must be positive"),
+        (
+            ("inputs", "fc2", "activations", "range"),
+            float("inf"),
+            "the range of activations must be positive and finite",
+        ),
+        (("inputs", "fc2", "activations", "range"), 1e300, "the range of activations must be positive and finite"),
+        (("attentions", "attention.0", "probabilities", "range"), float("nan"), "must be positive and finite; got nan"),
+        (("attentions", "attention.1", "probabilities", "split_exponent"), 20, "must be a whole number from 0 to 19"),
+        (("attentions", "attention.1", "probabilities", "split_exponent"), -1, "must be a whole number from 0 to 19"),
+        (("attentions", "attention.1", "probabilities", "split_exponent"), 6.0, "'split_exponent' to be of type int"),
+        (
+            ("attentions", "attention.1", "probabilities"),
+            {"kind": "twin_softmax"},
+            "must say kind, bits and split_exponent",
+        ),
+    ],
+)
+def test_hostile_grids_of_vision_transformers_are_refused(place, value, message):
+    _, config = vision_config()
+    del config["seal"]
+    table = config
+    for key in place[:-1]:
+        table = table[key]
+    table[place[-1]] = value
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(config)
+
+
+@pytest.mark.parametrize("operand", ["queries", "keys", "values"])
+def test_what_has_two_signs_or_is_cached_needs_a_uniform_grid(operand):
+    _, config = vision_config()
+    del config["seal"]
+    config["attentions"]["attention.1"][operand] = {"kind": "log_sqrt2", "bits": 4, "range": 1.0}
+    with pytest.raises(CheckpointError, match=f"must round {operand} on a uniform grid; got .'kind': 'log_sqrt2'"):
         Manifest.from_json(config)

@@ -38,7 +38,8 @@ def test_masked_language_model(tmp_path):
     save(tmp_path, "BertForMaskedLM", transformers.BertConfig(**TINY))
     with pytest.raises(
         ModelError,
-        match=r"BertForMaskedLM .*it is not a causal language model\); found bert\.encoder\.layer \(2 x BertLayer\)",
+        match=r"BertForMaskedLM .*it is not a causal language model; hf_image: it is not an image classifier\); "
+        r"found bert\.encoder\.layer \(2 x BertLayer\)",
     ):
         find_adapter(tmp_path)
     with pytest.raises(ModelError, match=r"holds BertForMaskedLM, and it is not a causal language model; found bert"):

@@ -59,7 +59,7 @@ def test_names(saved, family_name, family):
     adapter = HfCausalLm.open(saved(family_name))
     assert adapter.block_names == tuple(f"{family.stem}.{index}" for index in range(3))
     assert adapter.embedding_name == family.embedding
-    assert adapter.head_name == family.head
+    assert adapter.head_names == (() if family.head is None else (family.head,))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
@@ -155,7 +155,9 @@ def test_all_tensors_together_are_the_model(saved, family_name, tmp_path, full_r
     for index in range(3):
         adapter.load_block(index)
         tensors |= adapter.block_tensors(index)
-    assert (f"{adapter.head_name}.weight" in tensors) == (adapter.head_name is not None)
+    head = adapter._path_of("get_output_embeddings")
+    assert (f"{head}.weight" in tensors) == bool(adapter.head_names)
+    assert all(f"{head}.weight" in tensors for head in adapter.head_names)
     assert not any(tensor.is_meta for tensor in tensors.values())
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())

@@ -7,7 +7,7 @@ from bitmend.models.tracing import describe, group_name, is_norm, trace_block
 
 def described(block, *inputs):
     block.eval()
-    return describe("top.0", 0, block, trace_block(block, lambda: block(*inputs)))
+    return describe("top.0", 0, block, trace_block(block, lambda: block(*inputs)), places=len(inputs[0]))
 
 
 def facts(block):
@@ -131,3 +131,61 @@ def test_is_norm():
     assert not is_norm(RMSNorm(torch.ones(4, 4)))
     assert is_norm(nn.LayerNorm(4, elementwise_affine=False))
     assert not is_norm(nn.Linear(4, 4))
+
+
+# ---------------------------------------------------------------------------------------------- convolutions
+class Pictures(nn.Module):
+    """Two convolutions with the same patches, a shortcut of the same input, a depthwise one, and one padded by reflection."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(4, 6, 3, padding=1)
+        self.two = nn.Conv2d(4, 6, 3, padding="same")
+        self.shortcut = nn.Conv2d(4, 6, 1)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.reflected = nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x):
+        return self.reflected(self.depthwise(self.one(x) + self.two(x) + self.shortcut(x)))
+
+
+def test_convolutions_share_an_input_where_they_share_patches():
+    block = described(Pictures(), torch.randn(2, 4, 5, 5))
+    assert facts(block) == [("{one,two}", None), ("shortcut", None), ("depthwise", None)]
+    assert [(site.kind, site.shape) for site in block.sites] == [
+        ("conv2d", (6, 36)), ("conv2d", (6, 36)), ("conv2d", (6, 4)), ("grouped_conv2d", (6, 9))
+    ]  # fmt: skip
+    assert block.unread == ("reflected",)
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(4, 6, (3, 1))
+        self.two = nn.Conv2d(4, 6, (3, 1))
+
+    def forward(self, x):
+        return self.one(x) + self.two(x.transpose(2, 3))
+
+
+def test_a_picture_and_its_transpose_are_two_inputs():
+    assert facts(described(Transposed(), torch.randn(2, 4, 5, 5))) == [("one", None), ("two", None)]
+
+
+class OverTokens(Parts):
+    """A convolution between the tokens, in front of which the norm's output changes its shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.between = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.norm(x)
+        picture = y.transpose(1, 2).unflatten(2, (3, 3))
+        return self.one(y) + self.between(picture).flatten(2).transpose(1, 2)
+
+
+def test_a_norm_that_a_convolution_reads_too_is_not_named():
+    block = described(OverTokens(), torch.randn(2, 9, 4))
+    assert facts(block) == [("one", None), ("between", None)]
+    assert block.unread == ("two",)

@@ -3,6 +3,8 @@ import torch
 from torch import nn
 
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.models.tracing import describe, trace_block
+from bitmend.models.wiring import find_wiring
 from bitmend.protocols import TokenBatch
 from bitmend.sites import ModelEnds, ValueHeads, norm_gain, scale_norm_, set_unit_gain_
 
@@ -116,3 +118,31 @@ def test_a_layer_norm_takes_factors_in_gain_and_bias():
     before = norm(values)
     scale_norm_(norm, factors)
     assert torch.allclose(norm(values), before * factors)
+
+
+class OverTokens(nn.Module):
+    """Beside a linear layer, a convolution reads the memory of the norm's output, in another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.up = nn.Linear(4, 4)
+        self.between = nn.Conv2d(4, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.down = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.norm(x)
+        picture = self.depthwise(self.between(y.transpose(1, 2).unflatten(2, (3, 3))))
+        return x + self.down(self.up(y) + picture.flatten(2).transpose(1, 2))
+
+
+def test_convolutions_are_left_out():
+    torch.manual_seed(0)
+    module, x = OverTokens(), torch.randn(2, 9, 4)
+    block = describe("top.0", 0, module, trace_block(module, lambda: module(x)), places=18)
+    assert {site.path for site in block.sites} == {"up", "between", "depthwise", "down"}
+    found = find_wiring(block, lambda: module(x), 4)
+    assert found.readers == {"norm": ("up",)}
+    assert found.writers == ("down",)
+    assert found.gated == ()

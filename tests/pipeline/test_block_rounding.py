@@ -204,15 +204,15 @@ def test_a_packed_cache_holds_static_keys(run_tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "sentence"),
     [
-        {"activations": {"static": True, "symmetric": False}},
-        {"activations": {"static": True, "group_size": 16}},
-        {"kv_cache": {"static": True}},
+        ({"activations": {"static": True, "symmetric": False}}, "static ranges with zero points need an observer"),
+        ({"activations": {"static": True, "group_size": 16}}, "static ranges need a grid without groups"),
+        ({"kv_cache": {"static": True}}, "static ranges of a cache need a symmetric grid"),
     ],
 )
-def test_static_needs_a_symmetric_grid_without_groups(keys):
-    with pytest.raises(RecipeError, match="static ranges need a symmetric grid without groups; set symmetric = true"):
+def test_static_needs_a_grid_without_groups_and_one_way_to_choose(keys, sentence):
+    with pytest.raises(RecipeError, match=sentence):
         parse_recipe(keys)
 
 

@@ -14,7 +14,6 @@ from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.online import PrefixShape
 from bitmend.pipeline.prefix import Prefix, choose_prefix, first_token_of
-from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.recipe import PrefixSection
 from bitmend.protocols import SilentProgress, TokenBatch
 from bitmend.runtime.packed_cache import cache_option
@@ -135,7 +134,7 @@ def test_a_block_that_knows_where_a_text_begins_is_refused(tiny_model):
     prefix._inputs = adapter.block_inputs(TokenBatch(torch.tensor([TOKENS]), first_position=5))
     adapter.load_block(0)
     with pytest.raises(ModelError, match="so that its positions are not relative; leave the prefix out"):
-        prefix.enter_(adapter.describe_block(0, trace_batch()))
+        prefix.enter_(adapter.describe_block(0, adapter.few_rows()))
 
 
 def test_a_sliding_window_hides_nothing_of_the_prefix(run_tiny, tiny, tmp_path):
@@ -169,7 +168,7 @@ def choose(tiny_model, rows, patch, **section):
     adapter = HfCausalLm.open(tiny_model)
     patch(adapter)
     batches = [(TokenBatch(rows), False)]
-    asked = {"progress": SilentProgress(), "device": CPU, "directory": None, "trace": trace_batch()}
+    asked = {"progress": SilentProgress(), "device": CPU, "directory": None, "trace": adapter.few_rows()}
     return choose_prefix(adapter, PrefixSection(**section), batches, 1, asked.pop("progress"), **asked)
 
 

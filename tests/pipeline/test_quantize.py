@@ -8,7 +8,7 @@ import torch
 
 from bitmend.errors import FactorizationError, NumericsError
 from bitmend.models.hf_causal_lm import HfCausalLm
-from bitmend.pipeline.quantize import quantise_blocks, trace_batch
+from bitmend.pipeline.quantize import quantise_blocks
 from bitmend.pipeline.recipe import parse_recipe
 from bitmend.protocols import Event, Need, RunReport, SilentProgress, TokenBatch, Transformed
 from bitmend.solvers.rtn import Rtn
@@ -376,8 +376,8 @@ def test_streams_are_closed_when_a_run_fails(adapter, monkeypatch, tmp_path):
     assert list((tmp_path / "activations").iterdir()) == []
 
 
-def test_the_trace_batch_holds_tokens_of_every_vocabulary():
-    tokens = trace_batch()
+def test_the_few_rows_hold_tokens_of_every_vocabulary(adapter):
+    tokens = adapter.few_rows()
     assert tokens.mask is None
     assert tokens.ids.shape == (1, 8)
     assert set(tokens.ids.unique().tolist()) == {0, 1}

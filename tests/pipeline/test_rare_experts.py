@@ -233,7 +233,7 @@ def test_held_out_tokens_are_counted_too(lonely):
             SilentProgress(),
             device=torch.device("cpu"),
             directory=None,
-            trace=loop.trace_batch(),
+            trace=adapter.few_rows(),
         )
 
 

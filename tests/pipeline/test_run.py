@@ -22,6 +22,7 @@ from bitmend.errors import (
 )
 from bitmend.formats.manifest import Manifest
 from bitmend.formats.native import read_site
+from bitmend.pipeline import calibration_rows
 from bitmend.pipeline import run as run_module
 from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.run import (
@@ -299,7 +300,7 @@ def test_versions_and_memory(monkeypatch):
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_before_anything_runs(run_tiny, tmp_path, monkeypatch, keys, sentence):
-    monkeypatch.setattr(run_module, "load_calibration", None)  # would fail if it were reached
+    monkeypatch.setattr(calibration_rows, "load_calibration", None)  # would fail if it were reached
     with pytest.raises(RecipeError, match=sentence):
         run_tiny(keys=keys)
     assert list(tmp_path.iterdir()) == []
@@ -501,8 +502,8 @@ def test_numbers_that_are_not_finite_become_null():
 @pytest.mark.parametrize("context", [{"a": 1}, "x", 0, -3, None])
 def test_a_context_that_is_no_number_of_tokens_is_not_one(tiny_model, tiny_text, context):
     from bitmend.models.hf_causal_lm import HfCausalLm
+    from bitmend.pipeline.calibration_rows import draw_calibration
     from bitmend.pipeline.recipe import load_recipe
-    from bitmend.pipeline.run import draw_calibration
     from bitmend.protocols import SilentProgress
 
     adapter = HfCausalLm.open(tiny_model)

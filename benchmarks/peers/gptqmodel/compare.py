@@ -29,7 +29,6 @@ from bitmend.models.tokenizer import load_tokenizer
 from bitmend.numerics.granularity import PerGroup
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
-from bitmend.pipeline.quantize import trace_batch
 from bitmend.protocols import Need, Problem
 from bitmend.solvers.gptq import Gptq
 
@@ -60,7 +59,7 @@ def compare(model, rows, peer, bits, group_size):
     found = []
     for index in range(len(adapter.block_names)):
         adapter.load_block(index)
-        block = adapter.describe_block(index, trace_batch())
+        block = adapter.describe_block(index, adapter.few_rows())
         run = BlockRun(streams, block, keep_inputs=False)
         for position, group in enumerate(block.groups):
             moments, _ = run.moments(position, frozenset({Need.INPUT_MOMENT}))

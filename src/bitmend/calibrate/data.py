@@ -6,7 +6,7 @@ fingerprint names the rows and the split: two runs with one fingerprint saw the 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -49,16 +49,7 @@ class CalibrationSet:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.rows) != len(self.held_out):
-            raise CalibrationError(
-                f"calibration set: one held-out mark a row is required, but {len(self.held_out)} marks came for "
-                f"{len(self.rows)} rows; give as many marks as rows"
-            )
-        if bool(self.held_out.all()):
-            raise CalibrationError(
-                f"calibration set: at least one row to fit on is required, but all {len(self.rows)} rows are held out; "
-                "give more rows or hold fewer out"
-            )
+        check_split(len(self.rows), self.held_out)
         empty = [index for index, row in enumerate(self.rows) if row.numel() == 0]
         if empty:
             raise CalibrationError(
@@ -117,18 +108,14 @@ class CalibrationSet:
         return [split for split, _ in self._plan(batch_size)]
 
     def _plan(self, batch_size: int) -> list[tuple[Split, list[int]]]:
-        if batch_size < 1:
-            raise RequestError(f"calibration batches: at least one row a batch is required, not {batch_size}")
         full_length = max(row.numel() for row in self.rows)
-        plan = []
-        for split, wanted in ((Split.FIT, False), (Split.HELD_OUT, True)):
-            members = [index for index, held_out in enumerate(self.held_out.tolist()) if held_out is wanted]
+
+        def by_length(members: list[int]) -> tuple[list[int], list[int]]:
             full = [index for index in members if self.rows[index].numel() == full_length]
             ragged = sorted(set(members) - set(full), key=lambda index: (self.rows[index].numel(), index))
-            for group in (full, ragged):
-                starts = range(0, len(group), batch_size)
-                plan += [(split, group[start : start + batch_size]) for start in starts]
-        return plan
+            return full, ragged
+
+        return plan_batches(self.held_out, batch_size, by_length)
 
     def _batch(self, indices: list[int], pad_id: int) -> TokenBatch:
         rows = [self.rows[index] for index in indices]
@@ -139,6 +126,52 @@ class CalibrationSet:
             target[: row.numel()] = row
             marks[: row.numel()] = True
         return TokenBatch(ids, None if bool(mask.all()) else mask)
+
+
+def check_split(num_rows: int, held_out: Bool[Tensor, "_"]) -> None:
+    """Refuse a split that does not have one mark a row, or leaves no row to fit on.
+
+    Raises:
+        CalibrationError: as above.
+    """
+    if num_rows != len(held_out):
+        raise CalibrationError(
+            f"calibration set: one held-out mark a row is required, but {len(held_out)} marks came for {num_rows} rows; "
+            "give as many marks as rows"
+        )
+    if bool(held_out.all()):
+        raise CalibrationError(
+            f"calibration set: at least one row to fit on is required, but all {num_rows} rows are held out; give more rows "
+            "or hold fewer out"
+        )
+
+
+def plan_batches(
+    held_out: Bool[Tensor, "rows"],
+    batch_size: int,
+    groups: Callable[[list[int]], Iterable[list[int]]] = lambda members: (members,),
+) -> list[tuple[Split, list[int]]]:
+    """Divide rows into batches of one split each: first those to fit on, then the held-out ones.
+
+    Args:
+        held_out: for each row whether it is held out.
+        batch_size: rows in a batch, at most.
+        groups: divides the rows of a split further; no batch has rows of two groups.
+
+    Returns:
+        For each batch its split and its rows.
+
+    Raises:
+        RequestError: a batch would have no row.
+    """
+    if batch_size < 1:
+        raise RequestError(f"calibration batches: at least one row a batch is required, not {batch_size}")
+    plan = []
+    for split, wanted in ((Split.FIT, False), (Split.HELD_OUT, True)):
+        members = [index for index, mark in enumerate(held_out.tolist()) if mark is wanted]
+        for group in groups(members):
+            plan += [(split, group[start : start + batch_size]) for start in range(0, len(group), batch_size)]
+    return plan
 
 
 def choose_held_out(num_rows: int, share: float, seed: int) -> Bool[Tensor, "rows"]:

@@ -33,10 +33,10 @@ from bitmend.calibrate.experts import (
     with_own_rounding,
 )
 from bitmend.calibrate.kept_results import KeptResults
-from bitmend.linalg.moments import Moments, MomentSums
-from bitmend.protocols import BlockInputs, ModelAdapter, Need, TokenBatch
+from bitmend.linalg.moments import CHUNK_TOKENS, Moments, MomentSums
+from bitmend.protocols import Batch, BlockInputs, ModelAdapter, Need
 from bitmend.routing import Expert, ExpertTokens, RareExperts
-from bitmend.sites import Block
+from bitmend.sites import Block, SiteGroup
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StreamedBatch:
         inputs: further arguments of every block (`hidden` is empty: it lives in the stores).
     """
 
-    tokens: TokenBatch
+    tokens: Batch
     held_out: bool
     inputs: BlockInputs
 
@@ -65,7 +65,7 @@ class DualStream:
     def __init__(
         self,
         adapter: ModelAdapter,
-        batches: Sequence[tuple[TokenBatch, bool]],
+        batches: Sequence[tuple[Batch, bool]],
         *,
         directory: Path | None = None,
         device: torch.device,
@@ -98,7 +98,7 @@ class DualStream:
             self.x_q.append(inputs.hidden)
             light = BlockInputs(inputs.hidden[:0], inputs.arguments)
             if tokens.mask is None:  # positions and masks of full rows depend on the shape alone: keep them once
-                light = shared.setdefault(tuple(tokens.ids.shape), light)
+                light = shared.setdefault(tokens.shape, light)
             self.batches.append(StreamedBatch(tokens, held_out, light))
 
     @property
@@ -166,7 +166,13 @@ class DualStream:
         return largest
 
     def some_inputs(
-        self, block: Block, paths: Sequence[str], count: int, turn: Callable[[Tensor], Tensor] | None = None
+        self,
+        block: Block,
+        paths: Sequence[str],
+        count: int,
+        turn: Callable[[Tensor], Tensor] | None = None,
+        *,
+        evenly: bool = False,
     ) -> dict[str, Tensor]:
         """Return some tokens that these layers read, in the quantised network, of the fit split.
 
@@ -178,9 +184,12 @@ class DualStream:
             paths: of the layers; one that reads no token has no entry in the answer.
             count: tokens in all.
             turn: applied to the residual stream in front of the block.
+            evenly: take all of them evenly.
         """
-        total = sum(batch.tokens.ids.numel() for batch in self.batches if not batch.held_out)
-        samples = {path: _Sample(count // 2, max(1, total // max(1, count - count // 2))) for path in paths}
+        places = sum(batch.tokens.num_places for batch in self.batches if not batch.held_out)
+        rows = {site.path: round(places * group.rows_per_place) for group in block.groups for site in group.sites}
+        largest = 0 if evenly else count // 2
+        samples = {path: _Sample(largest, max(1, rows.get(path, places) // max(1, count - largest))) for path in paths}
         for position, batch in enumerate(self.batches):
             if batch.held_out:
                 continue
@@ -237,21 +246,26 @@ class _Sample:
         return torch.cat([self._largest, *self._even])
 
 
-def _sampling(sample: _Sample, tokens: TokenBatch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _sampling(sample: _Sample, tokens: Batch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def add(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         del module
         values = arguments[0].detach()
         # The rows of an expert are no longer those of the batch; padding is not told there.
-        whole = values.shape[:-1].numel() == tokens.ids.numel()
+        whole = values.shape[:-1].numel() == tokens.num_places
         sample.add(real_tokens(values, tokens) if whole else values.reshape(-1, values.shape[-1]))
 
     return add
 
 
-def real_tokens(values: Tensor, tokens: TokenBatch) -> Tensor:
+def real_tokens(values: Tensor, tokens: Batch) -> Tensor:
     """Return (token, features) without the padding."""
     flat = values.reshape(-1, values.shape[-1])
     return flat if tokens.mask is None else flat[tokens.mask.reshape(-1).to(flat.device)]
+
+
+def added_by(output: Tensor, hidden: Tensor) -> Tensor:
+    """Return what a block adds to the residual stream; all that it gives, where it changes the shape of the stream."""
+    return output - hidden if output.shape == hidden.shape else output
 
 
 class BlockRun:
@@ -352,10 +366,25 @@ class BlockRun:
             x_fp = None
             if stored is not None and (cross or residual):
                 x_fp = stored[position].to(x.device).reshape(x.shape)
-                x_fp = real_tokens(x_fp if self._whole_residual else with_own_rounding(x_fp, before, x), batch.tokens)
-            (held_out if batch.held_out else fit).add_(real_tokens(x, batch.tokens), x_fp)
+                x_fp = x_fp if self._whole_residual else with_own_rounding(x_fp, before, x)
+            sums = held_out if batch.held_out else fit
+            for rows, rows_fp in self._rows(group, batch.tokens, x, x_fp):
+                sums.add_(rows, rows_fp)
         refuse_not_finite(group, (fit, held_out))
         return fit.means(), held_out.means() if held_out.num_tokens else None
+
+    def _rows(
+        self, group: SiteGroup, tokens: Batch, x: Tensor, x_fp: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield what a group reads, in both networks, as rows of the products that its sites are."""
+        view, layer = group.sites[0].view, self.block.module.get_submodule(group.sites[0].path)
+        if tokens.mask is not None:  # of texts, whose layers read one row a token
+            yield real_tokens(x, tokens), None if x_fp is None else real_tokens(x_fp, tokens)
+            return
+        if x_fp is None:
+            yield from ((rows, None) for rows in view.pieces(layer, x, CHUNK_TOKENS))
+            return
+        yield from zip(view.pieces(layer, x, CHUNK_TOKENS), view.pieces(layer, x_fp, CHUNK_TOKENS), strict=True)
 
     def expert_tokens(self, group_index: int) -> ExpertTokens | None:
         """Return how many tokens reach the group's expert; None for a group that every token reaches.
@@ -371,7 +400,7 @@ class BlockRun:
         return self._experts.tokens(group, group.expert)
 
     def _keep_experts(self, expert: Expert) -> None:
-        def calls() -> Iterator[tuple[tuple[Any, ...], TokenBatch, bool]]:
+        def calls() -> Iterator[tuple[tuple[Any, ...], Batch, bool]]:
             for position, batch in enumerate(self.streams.batches):
                 yield called_with(*self._quantised_up_to(expert.experts, position)), batch.tokens, batch.held_out
 
@@ -390,7 +419,7 @@ class BlockRun:
 
 
 def _keeping_largest(
-    largest: dict[str, Tensor], path: str, tokens: TokenBatch
+    largest: dict[str, Tensor], path: str, tokens: Batch
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def keep(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         del module

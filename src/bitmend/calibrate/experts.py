@@ -25,7 +25,7 @@ from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.errors import CalibrationError, ModelError, NumericsError
 from bitmend.linalg.moments import Moments, MomentSums
 from bitmend.online import rounding_put_off
-from bitmend.protocols import Need, TokenBatch
+from bitmend.protocols import Batch, Need
 from bitmend.routing import Expert, ExpertTokens, RareExperts, entries_by_expert
 from bitmend.sites import Block, SiteGroup
 
@@ -99,7 +99,7 @@ class LayerInputs:
         self.real: list[Tensor] = []
         self.held_out: list[bool] = []
 
-    def add_(self, hidden: Tensor, chosen: Tensor, rows: TokenBatch, *, held_out: bool) -> None:
+    def add_(self, hidden: Tensor, chosen: Tensor, rows: Batch, *, held_out: bool) -> None:
         """Add one call of the module of experts.
 
         Args:
@@ -111,9 +111,9 @@ class LayerInputs:
         Raises:
             ModelError: the module does not get each token.
         """
-        if len(hidden) != rows.ids.numel():
+        if len(hidden) != rows.num_places:
             raise ModelError(
-                f"a layer of experts reads {len(hidden)} rows for a batch of {rows.ids.numel()} tokens, need one row for "
+                f"a layer of experts reads {len(hidden)} rows for a batch of {rows.num_places} tokens, need one row for "
                 "each; this architecture needs an adapter of its own"
             )
         mask = None if rows.mask is None else rows.mask.reshape(-1).to(chosen.device)
@@ -169,7 +169,7 @@ class ExpertInputs:
         self._layers: dict[str, LayerInputs] = {}
         self._pooled: dict[tuple[str, frozenset[Need]], Measured] = {}
 
-    def keep(self, path: str, calls: Callable[[], Iterable[tuple[tuple[Any, ...], TokenBatch, bool]]]) -> None:
+    def keep(self, path: str, calls: Callable[[], Iterable[tuple[tuple[Any, ...], Batch, bool]]]) -> None:
         """Keep what enters the layer of experts at `path`, unless it is kept already: nothing solved later changes it.
 
         Args:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitmend.protocols import BlockInputs, ModelAdapter, TokenBatch
+from bitmend.protocols import BlockInputs, ModelAdapter
 
 SHORT, LONG = 16, 32  # row lengths of the batches that are watched
 TIMED_TOKENS = 128
@@ -77,7 +77,8 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
 
     Cost: ten passes over at most `timed_tokens` tokens each.
     """
-    shapes = ((1, SHORT), (1, LONG), (2, SHORT), (2, LONG))
+    fixed = adapter.row_length
+    shapes = ((1, SHORT), (1, LONG), (2, SHORT), (2, LONG)) if fixed is None else ((1, fixed), (2, fixed))
     seen = [_watch(adapter, index, rows, length) for rows, length in shapes]
     series = [one.live for one in seen]
     if len({len(one) for one in series}) > 1:  # routing took other ways: the peaks alone can be compared
@@ -93,8 +94,8 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
     return ForwardCost(
         work=_growths(series, shapes),
         arguments=_growths(argument_bytes, shapes)[0],
-        attention_bytes=seen[0].attention_bytes / SHORT,
-        attention_macs=seen[0].attention_macs / SHORT**2,
+        attention_bytes=seen[0].attention_bytes / shapes[0][1],
+        attention_macs=seen[0].attention_macs / shapes[0][1] ** 2,
         seconds=seconds,
         timed_tokens=timed_tokens,
         seconds_a_pass=whole - seconds,
@@ -102,9 +103,10 @@ def measure_forward(adapter: ModelAdapter, index: int, timed_tokens: int = TIMED
 
 
 def _growths(series: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> tuple[Growth, ...]:
-    """Solve for a, b, c and d of each operation."""
+    """Solve for a, b, c and d of each operation; for a and b alone where all rows are of one length."""
+    known = len(shapes)
     equations = torch.tensor(
-        [[1.0, rows * length, length, rows * length * length] for rows, length in shapes], dtype=torch.float64
+        [[1.0, rows * length, length, rows * length * length][:known] for rows, length in shapes], dtype=torch.float64
     )
     solved = torch.linalg.solve(equations, torch.tensor(series, dtype=torch.float64))
     return tuple(
@@ -121,32 +123,29 @@ class _Seen:
 
 
 def _watch(adapter: ModelAdapter, index: int, rows: int, length: int) -> _Seen:
-    inputs = adapter.block_inputs(_tokens(rows, length))
+    hidden, inputs = adapter.sample_inputs(index, rows, length)
     held = {id(tensor): tensor for tensor in _tensors(inputs.arguments[index])}
     attention = _AttentionShapes()
-    with _LiveBytes([*held.values(), inputs.hidden, *_weights(adapter, index)]) as live, attention:
-        output = adapter.run_block(index, inputs.hidden, inputs)
+    with _LiveBytes([*held.values(), hidden, inputs.hidden, *_weights(adapter, index)]) as live, attention:
+        output = adapter.run_block(index, hidden, inputs)
         del output
     arguments = sum(tensor.nbytes for tensor in held.values())
     return _Seen(live.series or [0.0], float(arguments), attention.result_bytes, attention.macs)
 
 
 def _time(adapter: ModelAdapter, index: int, tokens: int) -> float:
-    inputs = adapter.block_inputs(_tokens(1, tokens))
+    fixed = adapter.row_length
+    hidden, inputs = adapter.sample_inputs(index, *((1, tokens) if fixed is None else (tokens // fixed, fixed)))
 
     def once() -> float:
         started = time.perf_counter()
-        adapter.run_block(index, inputs.hidden, inputs)
-        if inputs.hidden.device.type == "cuda":
-            torch.cuda.synchronize(inputs.hidden.device)
+        adapter.run_block(index, hidden, inputs)
+        if hidden.device.type == "cuda":
+            torch.cuda.synchronize(hidden.device)
         return time.perf_counter() - started
 
     once()  # code is generated and memory taken on the first pass
     return min(once() for _ in range(2))
-
-
-def _tokens(rows: int, length: int) -> TokenBatch:
-    return TokenBatch((torch.arange(rows * length) % 2).view(rows, length))
 
 
 def _weights(adapter: ModelAdapter, index: int) -> list[Tensor]:

@@ -153,6 +153,8 @@ def solved_modules(block: Block, group_index: int, *, wide: bool = False) -> tup
     Single layers among them only where their result is no wider than the block's input, or where `wide` ones are wanted.
     Experts are no part of it: they are run by rows of their own (`experts.py`).
     """
+    if not block.groups:
+        return ()
     leaves = _leaves(block)
     # All layers with a weight count, also those that are skipped or never ran: such a module is not finished with.
     solved = {site.path for group in block.groups[:group_index] if group.expert is None for site in group.sites}
@@ -222,9 +224,9 @@ class PlannedRun:
     """One run of a block in the quantised network, for the forecast.
 
     Attributes:
-        kept: entries a token of the results that are kept at its end, attention's apart.
+        kept: entries a token (of a picture: all its entries) of the results that are kept at its end, attention's apart.
         attention: whether attention's are kept, too.
-        multiplied: weights of the layers that it computes.
+        multiplied: weights of the layers that it computes, each as often as a place makes it work.
     """
 
     kept: int
@@ -238,7 +240,9 @@ def planned_runs(block: Block, *, wide: bool = False) -> tuple[PlannedRun, ...]:
     A module's result is taken to be as wide as the block's input, as in every transformer, and attention to be a part of the
     first module that is solved as a whole.
     """
-    leaves, width = _leaves(block), block.groups[0].sites[0].shape[1]
+    first = block.groups[0]
+    leaves, width = _leaves(block), round(first.rows_per_place * first.sites[0].shape[1])
+    entries = {site.path: group.rows_per_place * site.shape[0] for group in block.groups for site in group.sites}
     runs: list[PlannedRun] = []
     before: tuple[str, ...] = ()
     for index in range(len(block.groups) + 1):
@@ -246,13 +250,13 @@ def planned_runs(block: Block, *, wide: bool = False) -> tuple[PlannedRun, ...]:
         now = before if last else solved_modules(block, index, wide=wide)
         let_go_next = [path for path in before if path not in now]
         computed = [
-            site.shape[0] * site.shape[1]
+            group.rows_per_place * site.shape[0] * site.shape[1]
             for group in block.groups[:index]
             for site in group.sites
             if not any(site.path == path or site.path.startswith(f"{path}.") for path in before)
         ]
         attention = index > 0 and all(path in leaves for path in before)
-        kept = sum(leaves.get(path, width) for path in [*now, *let_go_next])
-        runs.append(PlannedRun(kept, attention, sum(computed)))
+        kept = sum(entries.get(path, width) for path in [*now, *let_go_next])
+        runs.append(PlannedRun(round(kept), attention, round(sum(computed))))
         before = now
     return tuple(runs)

@@ -1,4 +1,4 @@
-"""Score language models on texts: perplexity, and agreement with a reference.
+"""Score language models on texts and image classifiers on pictures: perplexity, top-1, and agreement with a reference.
 
 Networks run in float32 unless asked otherwise. bfloat16 is too coarse to judge good repairs by: on the books model (16
 windows of 512 tokens of the validation text) the same network in bfloat16 is 9e-5 nats a token from itself in float32,
@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from bitmend.calibrate.images import LabelledImages, labelled
 from bitmend.errors import RequestError
 from bitmend.evaluate.agreement import AgreementSummary, score_tokens, summarise
+from bitmend.evaluate.images import all_logits, labels_of, score_pictures
 from bitmend.evaluate.load import LoadedModel, check_context, load_model
 from bitmend.evaluate.perplexity import negative_log_likelihood, perplexity
 from bitmend.evaluate.reference import Reference, ReferenceLogits, check_same_tokens, run_model
@@ -32,9 +34,11 @@ class _Settings:
     """What is the same for all models."""
 
     texts: tuple[Path, ...]
+    images: tuple[Path, ...]
     windows: int | None
     window_length: int
     batch_size: int
+    pictures: int | None
     progress: Progress
 
     def read(self, text: Path, tokenizer: object) -> TokenWindows:
@@ -44,26 +48,30 @@ class _Settings:
 def evaluate(
     models: Sequence[Path | str | LoadedModel],
     *,
-    texts: Sequence[Path | str],
+    texts: Sequence[Path | str] = (),
+    images: Sequence[Path | str] = (),
     reference: Path | str | LoadedModel | None = None,
     windows: int | None = 160,
     window_length: int = 512,
+    pictures: int | None = None,
     batch_size: int = 8,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
     cache_dir: Path | None = None,
 ) -> EvaluationReport:
-    """Score each model on the first windows of each text.
+    """Score each model on the first windows of each text, or on the pictures of each set.
 
     Each window is scored by itself: position i predicts token i + 1, so that a window of L tokens gives L - 1 losses
     for the perplexity, while all L next-token distributions are compared with the reference's.
 
     Args:
         models: folders, hub names, or models in memory; one at a time is loaded.
-        texts: UTF-8 files.
+        texts: UTF-8 files, for language models.
+        images: folders of class folders, or archives of them, for image classifiers.
         reference: what `kl` and `top1_agreement` are taken against; None leaves them out.
         windows: how many windows of each text, at most; None for all.
+        pictures: how many pictures of each set, at most; None for all.
         window_length: tokens in a window.
         batch_size: windows that run at once.
         device: where networks from folders run; a model in memory runs where it is.
@@ -82,16 +90,23 @@ def evaluate(
     Cost: one forward pass of each model and, unless cached, of the reference; memory of one batch of logits of both
     (2 x batch x window x vocabulary numbers) and of the reference's final hidden states.
     """
-    if not models or not texts or batch_size < 1:
+    if not models or not (texts or images) or batch_size < 1:
         raise RequestError(
-            f"evaluate: at least one model, one text and a batch of one are required, but {len(models)} models, "
-            f"{len(texts)} texts and a batch of {batch_size} came; give what is missing"
+            f"evaluate: at least one model, one text (or set of pictures) and a batch of one are required, but "
+            f"{len(models)} models, {len(texts)} texts, {len(images)} sets of pictures and a batch of {batch_size} came; "
+            "give what is missing"
         )
+    if texts and images:
+        raise RequestError("evaluate: no model reads both texts and pictures; give one kind")
     for source in models:
         if not isinstance(source, LoadedModel):
             read_config(resolve_model(source))  # a wrong name is told before the first model has run for minutes
     shown = progress or SilentProgress()
-    settings = _Settings(tuple(map(Path, texts)), windows, window_length, batch_size, shown)
+    settings = _Settings(
+        tuple(map(Path, texts)), tuple(map(Path, images)), windows, window_length, batch_size, pictures, shown
+    )
+    if images:
+        return _score_on_pictures(models, reference, settings, device, dtype)
     compared: Reference | None = None
     answers: list[tuple[TokenWindows, ReferenceLogits]] = []
     if reference is not None:
@@ -100,11 +115,66 @@ def evaluate(
         answers = _ask_reference(compared, settings)
     results = []
     for source in models:
-        model = source if isinstance(source, LoadedModel) else load_model(source, device, dtype)
+        model = _loaded(source, device, dtype, "tokens")
         results.append(_score_model(model, settings, compared, answers))
         del model  # before the next one is loaded
     name = None if compared is None else compared.name
     return EvaluationReport(tuple(results), name, str(dtype).removeprefix("torch."), str(device))
+
+
+def _score_on_pictures(
+    models: Sequence[Path | str | LoadedModel],
+    reference: Path | str | LoadedModel | None,
+    settings: _Settings,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> EvaluationReport:
+    answers: list[Float[Tensor, "image label"] | None] = [None] * len(settings.images)
+    name = None
+    if reference is not None:
+        asked = _loaded(reference, device, dtype, "pictures")
+        name = asked.name
+        for place, path in enumerate(settings.images):
+            found = _labelled(asked, path)
+            label = f"{asked.name} (reference) on {path}"
+            answers[place], _ = all_logits(
+                asked, found, settings.batch_size, settings.pictures, settings.progress, label
+            )
+        del asked
+    results = []
+    for source in models:
+        model = _loaded(source, device, dtype, "pictures")
+        scored = [
+            score_pictures(
+                model,
+                _labelled(model, path),
+                batch_size=settings.batch_size,
+                count=settings.pictures,
+                reference=answer,
+                progress=settings.progress,
+            )
+            for path, answer in zip(settings.images, answers, strict=True)
+        ]
+        results.append(ModelResult(model.name, images=tuple(scored)))
+        del model  # before the next one is loaded
+    return EvaluationReport(tuple(results), name, str(dtype).removeprefix("torch."), str(device))
+
+
+def _labelled(model: LoadedModel, path: Path) -> LabelledImages:
+    assert model.processor is not None
+    return labelled(path, model.processor, labels_of(model))
+
+
+def _loaded(
+    source: Path | str | LoadedModel, device: str | torch.device, dtype: torch.dtype, reads: str
+) -> LoadedModel:
+    model = source if isinstance(source, LoadedModel) else load_model(source, device, dtype)
+    if model.model.training:
+        raise RequestError(f"{model.name}: a model in evaluation mode is required, but it is training; call .eval()")
+    if model.reads != reads:
+        wanted = "--text FILE" if model.reads == "tokens" else "--images FOLDER"
+        raise RequestError(f"{model.name}: the model reads {model.reads}, but {reads} came; pass {wanted}")
+    return model
 
 
 def _ask_reference(reference: Reference, settings: _Settings) -> list[tuple[TokenWindows, ReferenceLogits]]:
@@ -122,8 +192,6 @@ def _score_model(
     reference: Reference | None,
     answers: list[tuple[TokenWindows, ReferenceLogits]],
 ) -> ModelResult:
-    if model.model.training:
-        raise RequestError(f"{model.name}: a model in evaluation mode is required, but it is training; call .eval()")
     check_context(model, settings.window_length)
     scored = []
     for position, text in enumerate(settings.texts):

@@ -10,32 +10,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch import nn
 
 from bitmend.errors import CheckpointError, QuantizationError, RequestError
+from bitmend.models.architecture import why_no_image_classifier
 from bitmend.models.bounds import no_more_than, stored
-from bitmend.models.loading import CONFIG_FILE, read_config, resolve_model
+from bitmend.models.image_processor import PixelsOf, channels_of, load_processor
+from bitmend.models.loading import CAUSAL_LM, CONFIG_FILE, IMAGE_CLASSIFIER, read_config, resolve_model
 from bitmend.models.shards import check_index
 from bitmend.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in memory, in evaluation mode.
+    """A causal language model or an image classifier in memory, in evaluation mode.
 
     Attributes:
         name: what reports call it.
-        model: of transformers, or alike: `model(input_ids=..., use_cache=False).logits`, `config`, `device`.
-        tokenizer: of transformers.
+        model: of transformers, or alike: `model(input_ids=..., use_cache=False).logits`, `config`, `device`; of an image
+            classifier `model(pixel_values=...).logits`.
+        tokenizer: of transformers; None of an image classifier.
+        processor: makes pixels of pictures; None of a language model.
     """
 
     name: str
     model: nn.Module
     tokenizer: Any
+    processor: PixelsOf | None = None
+
+    @property
+    def reads(self) -> Literal["tokens", "pictures"]:
+        """What it reads."""
+        return "tokens" if self.processor is None else "pictures"
 
 
 def register_formats() -> None:
@@ -44,7 +54,7 @@ def register_formats() -> None:
 
 
 def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Load a causal language model and its tokenizer from a folder or by a hub name.
+    """Load a language model and its tokenizer, or an image classifier and its processor, from a folder or by a hub name.
 
     Args:
         source: folder or hub name.
@@ -61,12 +71,13 @@ def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtyp
     config = read_config(folder)
     _check_quantization(folder)
     check_index(folder)
-    tokenizer = load_tokenizer(folder)
+    pictures = why_no_image_classifier(config) is None
+    tokenizer = None if pictures else load_tokenizer(folder)
+    processor = load_processor(folder, channels_of(config)) if pictures else None
+    maker = getattr(transformers, IMAGE_CLASSIFIER if pictures else CAUSAL_LM)
     try:
         with _without_progress_bars(), no_more_than(stored(folder)):
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True
-            )
+            model, loading = maker.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     except QuantizationError:
         raise
     except Exception as error:  # readers of shards, quantisers and missing packages: all sorts of errors
@@ -76,7 +87,7 @@ def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtyp
             "copy the model again, or install what the message asks for"
         ) from error
     _check_loading(folder, loading)
-    return LoadedModel(str(source), model.to(device).eval(), tokenizer)
+    return LoadedModel(str(source), model.to(device).eval(), tokenizer, processor)
 
 
 def check_context(model: LoadedModel, window_length: int) -> None:

@@ -45,11 +45,46 @@ class TextResult:
 
 
 @dataclass(frozen=True)
+class ImageResult:
+    """One model on one set of pictures.
+
+    Attributes:
+        path: the folder or archive.
+        count: how many pictures were scored.
+        top1: share of the pictures whose class the model ranks first; None where they have no classes, as the four below.
+        top1_low, top1_high: 95 % bootstrap interval of `top1`.
+        top5: share whose class is among the first five; also None where there are no more than five classes.
+        cross_entropy: mean of -log p of the class, nats.
+        reference_top1: of the reference on the same pictures; None without one, as all below but the last two.
+        kl: mean KL(reference || model) of the distributions over classes, nats a picture.
+        kl_standard_error: of `kl`, pictures taken as independent.
+        top1_agreement: share of the pictures for which both rank the same class first.
+        pictures_sha256: of their files and classes.
+        seconds: wall time, the decoding of the pictures included.
+    """
+
+    path: str
+    count: int
+    top1: float | None
+    top1_low: float | None
+    top1_high: float | None
+    top5: float | None
+    cross_entropy: float | None
+    reference_top1: float | None
+    kl: float | None
+    kl_standard_error: float | None
+    top1_agreement: float | None
+    pictures_sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ModelResult:
-    """One model on all texts."""
+    """One model on all texts, or on all sets of pictures."""
 
     model: str
     texts: tuple[TextResult, ...] = ()
+    images: tuple[ImageResult, ...] = ()
 
 
 @dataclass(frozen=True)

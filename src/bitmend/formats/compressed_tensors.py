@@ -92,6 +92,10 @@ def _check_holds(name: str, entry: ManifestEntry, checkpoint: NativeSource) -> N
     spec, columns = entry.spec, entry.shape[1]
     if entry.kind == "conv1d":
         raise RequestError(f"{name} is a Conv1D of GPT-2, which compressed-tensors cannot hold; keep bitmend's format")
+    if entry.kind != "linear":
+        raise RequestError(
+            f"{name} is a convolution, but an export to compressed-tensors holds linear layers only; keep bitmend's format"
+        )
     if spec.grid.is_sign:
         raise RequestError(
             f"{name} has the one-bit grid -scale, +scale, which compressed-tensors cannot hold; keep bitmend's format"

@@ -89,6 +89,8 @@ def _check_holds(name: str, checkpoint: NativeSource) -> None:
     spec, (out, columns) = entry.spec, entry.shape
     if entry.kind == "conv1d":
         raise RequestError(f"{name} is a Conv1D of GPT-2, which bitmend does not write as GPTQ; keep bitmend's format")
+    if entry.kind != "linear":
+        raise RequestError(f"{name} is a convolution, but GPTQ holds linear layers only; keep bitmend's format")
     if spec.grid.bits not in GPTQ_BITS:
         raise RequestError(
             f"{name} has {spec.grid.bits} bits, but GPTQ holds 2, 3, 4 or 8; quantise with one of these, or export to "

@@ -30,12 +30,14 @@ from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.learned_rotation import AnyRotation, LearnedRotation, StreamRotation, learned_size, num_codes
 from bitmend.models.attention import attach_attention, hold_prefix_, use_rounding_attention_
 from bitmend.models.experts import experts_of, unpack_experts_
+from bitmend.numerics.activation_ranges import AnyRounding
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.online import ROTATION_CODES, InputScheme, PrefixShape, attach_input, attach_output
+from bitmend.runtime.conv import QuantConv2d
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
 from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS
-from bitmend.sites import layer_kind, read_matrix
+from bitmend.sites import LAYER_VIEWS, layer_kind, read_matrix
 
 # Key of `quantization_config`, in memory only, that switches the checksums off; see `BitmendConfig.verify`.
 VERIFY = "verify"
@@ -273,9 +275,9 @@ def attach_attentions_(model: PreTrainedModel, manifest: Manifest) -> dict[str, 
     return found
 
 
-def _check_ranges(name: str, spec: ActivationSpec | None, heads: int | None) -> None:
+def _check_ranges(name: str, spec: AnyRounding | None, heads: int | None) -> None:
     """Refuse ranges that are neither one for all nor one for each head; `heads` where the module does not say."""
-    count = 1 if spec is None or spec.ranges is None else len(spec.ranges)
+    count = len(spec.ranges) if isinstance(spec, ActivationSpec) and spec.ranges is not None else 1
     if count > 1 and heads is not None and count != heads:
         raise CheckpointError(f"the checkpoint rounds by {count} ranges at {name}, which has {heads}")
 
@@ -324,7 +326,9 @@ def _paths_in(model: nn.Module, names: Iterable[str], what: str) -> dict[str, st
 
 
 def _features_read(module: nn.Module) -> int | None:
-    """Return how many features a layer or a norm reads, None when it does not say."""
+    """Return how many features, on the last axis, a layer or a norm reads; None when it does not say."""
+    if isinstance(module, nn.Conv2d | QuantConv2d):  # its features are the channels
+        return None
     if layer_kind(module) is not None:
         return int(read_matrix(module).shape[1])
     features = getattr(module, "in_features", None)
@@ -342,21 +346,33 @@ def _features_given(module: nn.Module) -> int | None:
 
 
 def _check_width(name: str, scheme: InputScheme, width: int | None) -> None:
+    spec = scheme.activations
+    if width is None and scheme.rotation is None and spec is not None and _has_one_range(spec):
+        return
     if width is None:
-        raise CheckpointError(f"the checkpoint changes activations at {name}, which is no layer, norm or embedding")
+        raise CheckpointError(
+            f"the checkpoint changes activations at {name}, which is no layer, norm or embedding with its features on the "
+            "last axis"
+        )
     whole = isinstance(scheme.rotation, (BlockRotation, LearnedRotation))
     exactly = whole or (isinstance(scheme.rotation, Rotation) and scheme.rotation.keeps_mean)
     inner = 1 if scheme.rotation is None else scheme.rotation.inner
     size = 0 if scheme.rotation is None else scheme.rotation.size * inner
     if size and (width != size if exactly else width % size):
         raise CheckpointError(f"the checkpoint rotates {size // inner} x {inner} features at {name}, which has {width}")
-    if scheme.activations is not None:
-        _check_groups(name, scheme.activations, width)
+    if spec is not None:
+        _check_groups(name, spec, width)
 
 
-def _check_groups(name: str, spec: ActivationSpec, width: int) -> None:
+def _has_one_range(spec: AnyRounding) -> bool:
+    """Return whether all values are rounded alike, wherever their features are."""
+    return not isinstance(spec, ActivationSpec) or (spec.ranges is not None and len(spec.ranges) == 1)
+
+
+def _check_groups(name: str, spec: AnyRounding, width: int) -> None:
     try:
-        spec.check_width(width)
+        if isinstance(spec, ActivationSpec):
+            spec.check_width(width)
     except RecipeError as error:
         raise CheckpointError(f"{name}: {error}") from error
 
@@ -368,13 +384,15 @@ def _packed_module(path: str, module: nn.Module, entry: ManifestEntry, dtype: to
             f"{path} is of kind {entry.kind!r} in the checkpoint, but {type(module).__name__} in the model"
         )
     weight = module.get_parameter("weight")
-    shape = tuple(weight.shape[::-1] if kind == "conv1d" else weight.shape)
+    shape = tuple((LAYER_VIEWS[kind].read(module) if kind in LAYER_VIEWS else weight).shape)
     if shape != entry.shape:
         raise CheckpointError(f"{path} has the shape {entry.shape} in the checkpoint, but {shape} in the model")
     dtype = dtype or weight.dtype
     if isinstance(module, nn.Embedding):
         padding = module.padding_idx
         return QuantEmbedding(*shape, entry.spec, padding_idx=padding, dtype=dtype, device=weight.device)
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d(module, entry.spec, dtype=dtype)
     bias = getattr(module, "bias", None) is not None
     return QuantLinear(shape[1], shape[0], entry.spec, bias=bias, dtype=dtype, device=weight.device)
 

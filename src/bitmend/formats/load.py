@@ -40,7 +40,7 @@ def load(path: str | Path, *, verify: bool = True, **kwargs: Any) -> PreTrainedM
         parsed = transformers.AutoConfig.from_pretrained(folder)
         if getattr(parsed, "quantization_config", None) and quantization.get("quant_method") == QUANT_METHOD:
             parsed.quantization_config[VERIFY] = False  # done above, once
-        model_class = _model_class(config)
+        model_class = _model_class(config, parsed)
         with no_more_than(stored(folder)):
             model, info = model_class.from_pretrained(folder, config=parsed, output_loading_info=True, **kwargs)
     except QuantizationError:
@@ -55,12 +55,14 @@ def load(path: str | Path, *, verify: bool = True, **kwargs: Any) -> PreTrainedM
     return model
 
 
-def _model_class(config: Mapping[str, Any]) -> Any:
-    """Return the class that the checkpoint was saved from; a causal language model when that is unknown."""
+def _model_class(config: Mapping[str, Any], parsed: Any) -> Any:
+    """Return the class that the checkpoint was saved from; when that is unknown, an image classifier or a language model."""
     names = config.get("architectures") or []
     known = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
-    is_model = bool(known) and isinstance(known[0], type) and issubclass(known[0], PreTrainedModel)
-    return known[0] if is_model else transformers.AutoModelForCausalLM
+    if bool(known) and isinstance(known[0], type) and issubclass(known[0], PreTrainedModel):
+        return known[0]
+    pictures = type(parsed) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return transformers.AutoModelForImageClassification if pictures else transformers.AutoModelForCausalLM
 
 
 def _check_depth(config: Mapping[str, Any], num_tensors: int) -> None:

@@ -10,9 +10,10 @@
  "files": {"model.safetensors": "<sha256>"}, "seal": "<sha256>"}
 ```
 
-Every quantised module is listed; equal schemes are stored once. A scheme's `layout` names which tensors lie in the file
-and how they are read (`formats/native.py`); a later way of storing (masks, codebooks, matrices beside a block) is a new
-layout name, which readers that do not know it refuse. `files` is dropped when transformers saves the model again.
+Every quantised module is listed; equal schemes are stored once. A convolution of pictures is a matrix, too: its weight with
+all axes but the first flattened; readers that do not know its kind refuse it. A scheme's `layout` names which tensors lie in
+the file and how they are read (`formats/native.py`); a later way of storing (masks, codebooks, matrices beside a block) is a
+new layout name, which readers that do not know it refuse. `files` is dropped when transformers saves the model again.
 What is done to activations while the model runs stands beside them, from format version 2 on; a folder without it is written
 as version 1, and readers of version 1 refuse one with it:
 
@@ -51,6 +52,15 @@ module with the tensor `rotation_codes`, half a skew-symmetric matrix (`linalg/l
                                         "holder": "model.embed_tokens"}}}}
 ```
 
+Ranges with zero points (`"lows": [-0.2]` beside `ranges`) come with format version 5, too, and so do grids whose levels are
+not evenly spaced, which say their `kind`; without one it is `uniform`. Queries, keys and values have uniform grids only:
+
+```json
+{"inputs": {"encoder.layer.0.output.dense": {"activations": {"kind": "twin_gelu", "bits": 4, "range": 2.5}}},
+ "attentions": {"encoder.layer.0.attention": {"probabilities": {"kind": "log_sqrt2", "bits": 4, "range": 0.9}},
+                "encoder.layer.1.attention": {"probabilities": {"kind": "twin_softmax", "bits": 4, "split_exponent": 6}}}}
+```
+
 `seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
 schemes may give tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone
 cannot tell a scheme that was changed. Folders of older versions have none.
@@ -71,9 +81,12 @@ from bitmend.errors import CheckpointError, RecipeError, RequestError
 from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.linalg.learned_rotation import AnyRotation, LearnedRotation, StreamRotation
+from bitmend.numerics.activation_ranges import AnyRounding
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from bitmend.numerics.log_sqrt2 import LogSqrt2Spec
 from bitmend.numerics.qtensor import QuantSpec
+from bitmend.numerics.twin_uniform import TwinGeluSpec, TwinSoftmaxSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.online import AttentionScheme, InputScheme, PrefixShape
 
@@ -82,6 +95,13 @@ FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES
 LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
 OPERANDS = ("queries", "keys", "values", "probabilities")
+UNIFORM = "uniform"  # kind of a grid of activations that says none
+# Kind -> its class, and the type of what it has beside its bits.
+OTHER_GRIDS: Mapping[str, tuple[type[LogSqrt2Spec | TwinSoftmaxSpec | TwinGeluSpec], str, type]] = {
+    "log_sqrt2": (LogSqrt2Spec, "range", float),
+    "twin_softmax": (TwinSoftmaxSpec, "split_exponent", int),
+    "twin_gelu": (TwinGeluSpec, "range", float),
+}
 PREFIX = ("tokens", "heads", "key_width", "value_width")
 LARGEST_PREFIX = 1 << 20  # entries of its keys or values
 LARGEST_HEADS = 4096  # ranges of one grid
@@ -92,7 +112,7 @@ NUMBERS = re.compile(r"(\d{1,7}( \d{1,7})*)?")
 BLOCK_ROTATION = ("block", "seed", "first", "order", "second", "transposed")
 LATELY = 8  # rotations among which an equal one is looked for: the layers that share one stand together
 LAYOUTS = ("uniform",)
-KINDS = ("linear", "conv1d", "embedding")
+KINDS = ("linear", "conv1d", "conv2d", "grouped_conv2d", "embedding")
 SCALE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 OBSERVERS = ("minmax", "percentile", "mse")
 
@@ -103,8 +123,9 @@ class ManifestEntry:
 
     Attributes:
         spec: how its weight is quantised.
-        shape: (out, in); (tokens, features) of an embedding.
-        kind: `linear`, `conv1d` (GPT-2) or `embedding`.
+        shape: (out, in); (tokens, features) of an embedding; (out, in / groups * kernel height * kernel width) of a
+            convolution.
+        kind: `linear`, `conv1d` (GPT-2), `conv2d` (of pictures, in one group), `grouped_conv2d` or `embedding`.
         layout: which tensors hold it.
     """
 
@@ -160,18 +181,29 @@ class Manifest:
 
     def _version(self, shares: bool) -> int:
         """Return the oldest format version that holds all of this, so that older readers read what they can."""
-        rotations: list[AnyRotation | None] = [one.rotation for one in self.inputs.values()]
-        rotations += [*(one.rotation for one in self.attentions.values()), *self.outputs.values()]
-        if any(isinstance(one, LearnedRotation) or (isinstance(one, Rotation) and one.keeps_mean) for one in rotations):
+        if self._came_last():
             return VERSION_LATEST
-        specs = [one.activations for one in self.inputs.values()]
-        specs += [getattr(one, name) for one in self.attentions.values() for name in OPERANDS]
-        static = any(spec is not None and spec.ranges is not None for spec in specs)
+        static = any(isinstance(spec, ActivationSpec) and spec.ranges is not None for spec in self._activations())
         if static or any(one.prefix is not None for one in self.attentions.values()):
             return VERSION_WITH_RANGES
         if self.attentions or shares:
             return VERSION_WITH_ATTENTION
         return VERSION_WITH_INPUTS if self.inputs or self.outputs else FORMAT_VERSION
+
+    def _came_last(self) -> str:
+        """Return in words what only the latest format version holds, or nothing."""
+        rotations: list[AnyRotation | None] = [one.rotation for one in self.inputs.values()]
+        rotations += [*(one.rotation for one in self.attentions.values()), *self.outputs.values()]
+        if any(isinstance(one, LearnedRotation) or (isinstance(one, Rotation) and one.keeps_mean) for one in rotations):
+            return "rotations that keep the mean or were learned"
+        if any(not isinstance(spec, ActivationSpec) or spec.lows is not None for spec in self._activations()):
+            return "ranges with zero points or grids that are not uniform"
+        return ""
+
+    def _activations(self) -> list[AnyRounding]:
+        specs = [one.activations for one in self.inputs.values()]
+        specs += [getattr(one, name) for one in self.attentions.values() for name in OPERANDS]
+        return [spec for spec in specs if spec is not None]
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Manifest":
@@ -224,11 +256,7 @@ class Manifest:
         """Refuse a version that does not know what was read."""
         needed = self._version(shares=False)
         if needed > version:
-            what = (
-                "ranges or a prefix"
-                if needed == VERSION_WITH_RANGES
-                else "rotations that keep the mean or were learned"
-            )
+            what = self._came_last() or "ranges or a prefix"
             raise CheckpointError(
                 f"quantization_config has format_version {version}, but holds {what}, which came with {needed}; copy "
                 "config.json again"
@@ -310,7 +338,10 @@ def attention_from_json(name: str, item: Any) -> AttentionScheme:
     rotation = _rotation_from_json(where, item) if "rotation" in item else None
     if rotation is not None and not isinstance(rotation, Rotation):
         raise CheckpointError(f"{where} must rotate heads by size and seed; got {item['rotation']!r:.80}")
-    specs = {key: _activations_from_json(where, item, key) for key in OPERANDS if key in item}
+    specs: dict[str, Any] = {key: _activations_from_json(where, item, key) for key in OPERANDS if key in item}
+    for key, spec in specs.items():
+        if key != "probabilities" and not isinstance(spec, ActivationSpec):
+            raise CheckpointError(f"{where} must round {key} on a uniform grid; got {item[key]!r:.80}")
     prefix = _prefix_from_json(where, item) if "prefix" in item else None
     return AttentionScheme(rotation, prefix=prefix, **specs)
 
@@ -411,8 +442,12 @@ def _not_loaded() -> Tensor:
     raise CheckpointError("the codes of a learned rotation lie in the weight files; load the model")
 
 
-def _activations_to_json(spec: ActivationSpec) -> dict[str, Any]:
+def _activations_to_json(spec: AnyRounding) -> dict[str, Any]:
     found = asdict(spec)
+    if not isinstance(spec, ActivationSpec):
+        if None in found.values():
+            raise RequestError("static ranges must be found before they are stored, but there are none yet")
+        return {"kind": next(kind for kind, (grid, _, _) in OTHER_GRIDS.items() if grid is type(spec)), **found}
     if spec.scale_bits == UNKEPT_SCALE_BITS:  # as folders of version 2 have it
         del found["scale_bits"]
     if spec.ranges is None:
@@ -421,22 +456,49 @@ def _activations_to_json(spec: ActivationSpec) -> dict[str, Any]:
         raise RequestError("static ranges must be found before they are stored, but there are none yet")
     else:
         found["ranges"] = list(spec.ranges)
+    if spec.lows is None:
+        del found["lows"]
+    else:
+        found["lows"] = list(spec.lows)
     return found
 
 
-def _activations_from_json(where: str, item: Mapping[str, Any], key: str) -> ActivationSpec:
+def _activations_from_json(where: str, item: Mapping[str, Any], key: str) -> AnyRounding:
     about = _get(item, key, dict)
-    keys = (_get(about, "bits", int), _get(about, "symmetric", bool), _get(about, "group_size", int))
-    scale_bits = _get(about, "scale_bits", int) if "scale_bits" in about else UNKEPT_SCALE_BITS
-    ranges = None
-    if "ranges" in about:
-        ranges = tuple(_get(about, "ranges", list))
-        if not 1 <= len(ranges) <= LARGEST_HEADS or not all(type(value) is float for value in ranges):
-            raise CheckpointError(f"{where} must have 1 to {LARGEST_HEADS} ranges, numbers; got {about!r:.80}")
+    kind = _get(about, "kind", str) if "kind" in about else UNIFORM
+    if kind == UNIFORM:
+        return _uniform_from_json(where, about)
+    if kind not in OTHER_GRIDS:
+        raise CheckpointError(
+            f"{where} has a grid of the kind {kind!r:.80}, this release reads {', '.join((UNIFORM, *OTHER_GRIDS))}; load it "
+            "with a newer bitmend"
+        )
+    grid, extra, of_type = OTHER_GRIDS[kind]
+    if set(about) != {"kind", "bits", extra}:
+        raise CheckpointError(f"{where} must say kind, bits and {extra} of a grid; got {about!r:.80}")
     try:
-        return ActivationSpec(*keys, _get(about, "clip_ratio", float), scale_bits, ranges)
+        return grid(_get(about, "bits", int), _get(about, extra, of_type))
     except RecipeError as error:
         raise CheckpointError(f"{where} is impossible: {error}") from error
+
+
+def _uniform_from_json(where: str, about: Mapping[str, Any]) -> ActivationSpec:
+    keys = (_get(about, "bits", int), _get(about, "symmetric", bool), _get(about, "group_size", int))
+    scale_bits = _get(about, "scale_bits", int) if "scale_bits" in about else UNKEPT_SCALE_BITS
+    ranges, lows = (_ends_from_json(where, about, end) for end in ("ranges", "lows"))
+    try:
+        return ActivationSpec(*keys, _get(about, "clip_ratio", float), scale_bits, ranges, lows)
+    except RecipeError as error:
+        raise CheckpointError(f"{where} is impossible: {error}") from error
+
+
+def _ends_from_json(where: str, about: Mapping[str, Any], key: str) -> tuple[float, ...] | None:
+    if key not in about:
+        return None
+    ends = tuple(_get(about, key, list))
+    if not 1 <= len(ends) <= LARGEST_HEADS or not all(type(value) is float for value in ends):
+        raise CheckpointError(f"{where} must have 1 to {LARGEST_HEADS} {key}, numbers; got {about!r:.80}")
+    return ends
 
 
 def spec_to_json(spec: QuantSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from bitmend.errors import ModelError
+from bitmend.models.loading import IMAGE_CLASSIFIER
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
@@ -55,6 +56,21 @@ def why_not_causal(config: Any) -> str | None:
     if not named or named[0].endswith(CAUSAL_ENDINGS) or named[0] in _class_names(config):
         return None
     return "it is not a causal language model"
+
+
+def why_no_image_classifier(config: Any) -> str | None:
+    """Return why `config` does not describe an image classifier, or None when it does."""
+    if IMAGE_CLASSIFIER in (getattr(config, "auto_map", None) or {}):
+        return None
+    mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if type(config) not in mapping:
+        return "it is not an image classifier"
+    classes = mapping[type(config)]
+    known = {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))}
+    named = _named(config)
+    if not named or named[0] in known:
+        return None
+    return f"it is {named[0]} and not an image classifier"
 
 
 def _class_names(config: Any) -> set[str]:

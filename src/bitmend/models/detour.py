@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmend.errors import ModelError
-from bitmend.sites import layer_kind
+from bitmend.sites import LAYER_VIEWS, layer_kind
 
 HIDDEN = "hidden_states"
 
@@ -42,9 +42,14 @@ def _holds_blocks(modules: nn.ModuleList) -> bool:
     if len({type(module) for module in modules}) != 1:
         return False
     return all(
-        layer_kind(module) is None and any(layer_kind(part) is not None for part in module.modules())
-        for module in modules
+        layer_kind(module) is None and any(_reads_features(part) for part in module.modules()) for module in modules
     )
+
+
+def _reads_features(module: nn.Module) -> bool:
+    """Return whether a module is a layer of tokens; a list of convolutions alone is what comes before the decoder."""
+    kind = layer_kind(module)
+    return kind is not None and LAYER_VIEWS[kind].features_last
 
 
 @contextmanager

@@ -6,9 +6,8 @@ rotary tables, final norms, projections and soft caps are the model's own to the
 of the model's own are packed experts (`models/experts.py`).
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,49 +28,44 @@ from bitmend.models.detour import (
     split_hidden,
 )
 from bitmend.models.experts import unpack_experts_
+from bitmend.models.hf_blocks import HfBlocks, own_dtype
 from bitmend.models.loading import empty_model, read_config
 from bitmend.models.shards import ShardedWeights
 from bitmend.models.tensor_source import TensorSource, buffers_to, outside
 from bitmend.models.tracing import describe, trace_block
 from bitmend.models.wiring import find_ends, find_wiring
 from bitmend.numerics.products import FastLinear
-from bitmend.protocols import ADAPTERS, BlockInputs, TokenBatch
+from bitmend.protocols import ADAPTERS, Batch, BlockInputs, TokenBatch, tokens_of
 from bitmend.sites import AttentionSite, Block, ModelEnds, Wiring
 
 CPU = torch.device("cpu")
 TRACE_ROWS, TRACE_TOKENS = 4, 32
+FEW_TOKENS = 8
 
 
 @ADAPTERS.register("hf_causal_lm")
-class HfCausalLm:
+class HfCausalLm(HfBlocks):
     """Decoder language models of transformers, told apart by structure and not by name.
 
     Attributes:
-        model: everything but the blocks is loaded; blocks are on meta until `load_block`.
-        folder: where the model comes from.
-        config: of transformers, as read from the folder.
-        dtype: of the loaded weights and of the activations.
-        device: where all of it is.
-        block_names: full paths of the blocks in the order in which they run.
         embedding_name: path of the token embedding.
-        head_name: path of the output head; None when it is tied to the embedding.
+        head_names: path of the output head; none when it is tied to the embedding.
     """
 
     def __init__(self, model: nn.Module, folder: Path, config: Any, source: TensorSource) -> None:
         """Find the blocks of an empty model and load the rest; use `open` instead."""
-        self.model = model
-        self.folder = folder
-        self.config = config
-        self.dtype = source.dtype
-        self.device = source.device
-        self._source = source
+        super().__init__(model, folder, config, source)
         self._trusted = False
         self._blocks = self._load_outside()
         self.block_names = self._blocks.names
         self._form = self._probe()
         self.embedding_name = self._path_of("get_input_embeddings") or ""
         head = self._path_of("get_output_embeddings")
-        self.head_name = None if head is None or f"{head}.weight" in source.ties else head
+        self.head_names = () if head is None or f"{head}.weight" in source.ties else (head,)
+
+    reads: ClassVar[Literal["tokens", "pictures"]] = "tokens"
+    first_layer: ClassVar[None] = None
+    row_length: ClassVar[None] = None
 
     @classmethod
     def why_not(cls, config: Any) -> str | None:
@@ -109,7 +103,7 @@ class HfCausalLm:
             )
         held = stored(folder)
         weights = ShardedWeights(folder)
-        dtype = dtype or _own_dtype(config) or weights.floating_dtype
+        dtype = dtype or own_dtype(config) or weights.floating_dtype
         model = empty_model(config, dtype, trust_remote_code, held)
         unpack_experts_(model)
         buffers_to(model, device)
@@ -122,41 +116,9 @@ class HfCausalLm:
         trusted = self._trusted
         return type(self).open(self.folder, dtype=dtype, device=self.device, trust_remote_code=trusted)
 
-    # ------------------------------------------------------------------------------------------ weights
-    def load_block(self, index: int) -> nn.Module:
-        """Read one block's tensors from the checkpoint and return the block."""
-        prefix = f"{self.block_names[index]}."
-        self._source.fill(name for name in self._source.names if name.startswith(prefix))
-        return self.block(index)
-
-    def release_block(self, index: int) -> None:
-        """Forget one block's tensors."""
-        self._source.clear(self.block(index))
-
-    def block(self, index: int) -> nn.Module:
-        """Return the block as it stands, loaded or not."""
-        return self.model.get_submodule(self.block_names[index])
-
-    def block_tensors(self, index: int) -> dict[str, Tensor]:
-        """Return what a loaded block holds, under the names of the whole model."""
-        prefix = f"{self.block_names[index]}."
-        return {prefix + name: tensor for name, tensor in self.block(index).state_dict().items()}
-
-    def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what lies outside the blocks as it stands, a tied head once, under the names to save it by."""
-        held = self.model.state_dict(keep_vars=True)
-        for name in outside(held, self.block_names):
-            followed = self._source.ties.get(name)
-            if followed is None or held[name] is not held[followed]:
-                yield name, held[name].detach()
-
-    def stored_name(self, name: str) -> str:
-        """Return the name under which the source folder holds a tensor, where it differs from the module's path."""
-        return self._source.stored_name(name)
-
     # ------------------------------------------------------------------------------------------ running
     @torch.no_grad()
-    def block_inputs(self, batch: TokenBatch) -> BlockInputs:
+    def block_inputs(self, batch: Batch) -> BlockInputs:
         """Run everything before the first block and note with what each block is called."""
         hidden: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -174,29 +136,25 @@ class HfCausalLm:
 
     @torch.no_grad()
     def run_block(
-        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
-    ) -> Float[Tensor, "batch sequence features"]:
+        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch *made"]:
         """Run one loaded block, its matrix products by the fastest way on this machine."""
         with FastLinear():
             return self.forward_block(index, hidden, inputs)
 
     def forward_block(
-        self, index: int, hidden: Float[Tensor, "batch sequence features"], inputs: BlockInputs
-    ) -> Float[Tensor, "batch sequence features"]:
+        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch *made"]:
         """Run one loaded block with gradients, if they are on."""
         args, kwargs = inputs.arguments[index]
         return ReturnForm.unwrap(self.block(index)(hidden, *args, **kwargs))
 
     @torch.no_grad()
-    def logits(
-        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
-    ) -> Float[Tensor, "batch sequence vocabulary"]:
+    def logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
         """Run everything after the last block."""
         return self.forward_logits(hidden, batch)
 
-    def forward_logits(
-        self, hidden: Float[Tensor, "batch sequence features"], batch: TokenBatch
-    ) -> Float[Tensor, "batch sequence vocabulary"]:
+    def forward_logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
         """Run everything after the last block with gradients, if they are on."""
         last = len(self.block_names) - 1
 
@@ -207,16 +165,31 @@ class HfCausalLm:
             logits: Tensor = self.model(**self._call(batch)).logits
         return logits
 
-    def describe_block(self, index: int, batch: TokenBatch) -> Block:
+    def few_rows(self) -> TokenBatch:
+        """Return a few tokens that every vocabulary has; only the order of layers is read from them."""
+        return _two_words(1, FEW_TOKENS)
+
+    def sample_inputs(self, index: int, rows: int, length: int) -> tuple[Tensor, BlockInputs]:
+        """Return the embedding of some tokens, which every block can read, and the arguments of the blocks."""
+        del index
+        inputs = self.block_inputs(_two_words(rows, length))
+        return inputs.hidden, inputs
+
+    def stream_width(self) -> int:
+        """Return the features of the residual stream."""
+        return int(self.block_inputs(self.few_rows()).hidden.shape[-1])
+
+    def describe_block(self, index: int, batch: Batch) -> Block:
         """Run a few tokens through a loaded block and return its sites in execution order."""
+        batch = tokens_of(batch)
         mask = None if batch.mask is None else batch.mask[:TRACE_ROWS, :TRACE_TOKENS]
         few = TokenBatch(batch.ids[:TRACE_ROWS, :TRACE_TOKENS], mask)
         inputs = self.block_inputs(few)
         block = self.block(index)
         trace = trace_block(block, lambda: self.run_block(index, inputs.hidden, inputs))
-        return describe(self.block_names[index], index, block, trace)
+        return describe(self.block_names[index], index, block, trace, places=few.ids.numel())
 
-    def wiring_of(self, block: Block, batch: TokenBatch) -> Wiring:
+    def wiring_of(self, block: Block, batch: Batch) -> Wiring:
         """Return how the layers of a loaded block hang together; runs it on a few tokens some times."""
         inputs = self.block_inputs(batch)
         return find_wiring(block, lambda: self.run_block(block.index, inputs.hidden, inputs), inputs.hidden.shape[-1])
@@ -225,15 +198,15 @@ class HfCausalLm:
         """Let the model attend by a function that can round keys, values and attention, and does not yet."""
         use_rounding_attention_(self.model)
 
-    def attentions_of(self, block: Block, batch: TokenBatch) -> tuple[AttentionSite, ...]:
+    def attentions_of(self, block: Block, batch: Batch) -> tuple[AttentionSite, ...]:
         """Return where a loaded block attends; runs it on a few tokens. `prepare_attention_` comes first."""
         inputs = self.block_inputs(batch)
         return find_attentions(block.name, block.module, lambda: self.run_block(block.index, inputs.hidden, inputs))
 
-    def ends(self, batch: TokenBatch) -> ModelEnds:
+    def ends(self, batch: Batch) -> ModelEnds:
         """Return what lies around the blocks; runs it on a few tokens."""
         hidden = self.block_inputs(batch).hidden
-        tied = self.head_name is None
+        tied = not self.head_names
         return find_ends(self.model, hidden.shape[-1], self.block_names, tied, lambda: self.logits(hidden, batch))
 
     # ------------------------------------------------------------------------------------------ opening
@@ -295,7 +268,8 @@ class HfCausalLm:
     def _detour(self, forward: Any) -> Any:
         return detour([self.block(index) for index in range(len(self.block_names))], forward)
 
-    def _call(self, batch: TokenBatch) -> dict[str, Any]:
+    def _call(self, batch: Batch) -> dict[str, Any]:
+        batch = tokens_of(batch)
         call: dict[str, Any] = {"input_ids": batch.ids.to(self.device), "use_cache": False}
         if batch.mask is not None:
             call["attention_mask"] = batch.mask.to(self.device, torch.long)
@@ -308,15 +282,6 @@ class HfCausalLm:
         module = getattr(self.model, getter)()
         return next((name for name, part in self.model.named_modules() if part is module), None)
 
-    def _what(self) -> str:
-        return f"{type(self.model).__name__} in {self.folder}"
 
-
-def _own_dtype(config: Any) -> torch.dtype | None:
-    for one in (config, config.get_text_config()):
-        dtype = getattr(one, "dtype", None)
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, None)
-        if isinstance(dtype, torch.dtype):
-            return dtype
-    return None
+def _two_words(rows: int, length: int) -> TokenBatch:
+    return TokenBatch((torch.arange(rows * length) % 2).view(rows, length))

@@ -14,9 +14,11 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from bitmend.errors import ModelError, QuantizationError
+from bitmend.models import cifar_resnet as _registers_its_classes  # noqa: F401
 from bitmend.models.bounds import Stored, check_counts, no_more_than, refuse_special_files
 
 CONFIG_FILE = "config.json"
+CAUSAL_LM, IMAGE_CLASSIFIER = "AutoModelForCausalLM", "AutoModelForImageClassification"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
@@ -91,9 +93,14 @@ TRUST_HINT = "read that code, and allow it with trust_remote_code if you trust i
 
 
 def empty_model(
-    config: Any, dtype: torch.dtype | None = None, trust_remote_code: bool = False, held: Stored | None = None
+    config: Any,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    held: Stored | None = None,
+    *,
+    task: str = CAUSAL_LM,
 ) -> nn.Module:
-    """Return the causal language model of `config` with parameters on the meta device and real buffers.
+    """Return the model of `config` for one task with parameters on the meta device and real buffers.
 
     Costs neither memory nor time, whatever the size of the model. Tied weights are not tied yet.
 
@@ -102,6 +109,7 @@ def empty_model(
         dtype: of parameters and computed buffers; None for the config's own.
         trust_remote_code: allow code that comes with the model.
         held: how much the weight files hold; None does not bound the model.
+        task: a class of transformers that builds models from configs.
 
     Raises:
         ModelError: transformers cannot build the model.
@@ -109,15 +117,14 @@ def empty_model(
     """
     config = copy.deepcopy(config)
     options = {} if dtype is None else {"dtype": dtype}
+    maker = getattr(transformers, task)
     if held is not None:
-        _build_nothing(config, trust_remote_code, held)
+        _build_nothing(maker, config, trust_remote_code, held)
     try:
         with no_init_weights(), _parameters_on_meta():
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, **options
-            )
+            model: nn.Module = maker.from_config(config, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # as above
-        if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) and not trust_remote_code:
+        if task in (getattr(config, "auto_map", None) or {}) and not trust_remote_code:
             raise ModelError(f"the model needs code that comes with it; {TRUST_HINT}") from error
         reason = " ".join(str(error).split())
         raise ModelError(
@@ -126,14 +133,14 @@ def empty_model(
     return model.eval()
 
 
-def _build_nothing(config: Any, trust_remote_code: bool, held: Stored) -> None:
+def _build_nothing(maker: Any, config: Any, trust_remote_code: bool, held: Stored) -> None:
     """Build the model without any memory, buffers neither, to see what it asks for.
 
     What else may go wrong is for the real building to tell.
     """
     try:
         with no_init_weights(), torch.device("meta"), no_more_than(held):
-            transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+            maker.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except QuantizationError:
         raise
     except Exception:  # code of a model that cannot be built on meta

@@ -20,9 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from bitmend.models.experts import UnpackedExperts, experts_of, router_paths
 from bitmend.routing import Expert
-from bitmend.sites import LAYER_VIEWS, Block, LinearSite, SiteGroup, layer_kind
+from bitmend.sites import LAYER_VIEWS, Block, LayerView, LinearSite, SiteGroup, layer_kind
 
-Identity = tuple[int, int, int, int, int]
+Identity = tuple[int, ...]
+# Operations that put a parameter beside activations or add it to them, as a class token, a table of positions or a bias of
+# attention: what only they read is no weight of a product.
+PLACED = {f"aten::{name}" for name in ("add", "sub", "mul", "cat", "index", "index_select", "gather")}
 
 
 def identity(tensor: Tensor) -> Identity:
@@ -39,11 +42,16 @@ class Trace:
     Attributes:
         inputs: path of a site, or of a module that holds experts -> the inputs of its calls; in the order of first calls.
         norms: what a norm returned -> its path and the time.
-        reads: memory -> times at which something other than a site or a norm read it.
+        reads: memory -> times at which something other than a site or a norm read it, or a convolution, to which the features
+            of a norm are no columns.
         alive: every tensor seen, so that no memory is used twice.
+        rows: path of a site -> rows of its products, all its calls together.
+        operations: memory -> names of the operations by which something other than a site or a norm read it.
     """
 
     inputs: dict[str, list[Identity]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    operations: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     norms: dict[Identity, tuple[str, int]] = field(default_factory=dict)
     reads: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     alive: list[Tensor] = field(default_factory=list)
@@ -80,7 +88,9 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                     trace.alive.append(leaf)
-                    trace.reads[leaf.untyped_storage()._cdata].append(trace.clock)
+                    memory = leaf.untyped_storage()._cdata
+                    trace.reads[memory].append(trace.clock)
+                    trace.operations[memory].add(func._schema.name)
         return func(*args, **(kwargs or {}))
 
 
@@ -97,23 +107,28 @@ def _hooked(block: nn.Module, trace: Trace) -> Iterator[None]:
             kind = layer_kind(module)
             if kind is None and not is_norm(module):
                 continue
-            enter, leave = _site_hooks(trace, path) if kind is not None else _norm_hooks(trace, path)
+            enter, leave = _norm_hooks(trace, path) if kind is None else _site_hooks(trace, path, LAYER_VIEWS[kind])
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
         yield
 
 
-def _site_hooks(trace: Trace, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+def _site_hooks(trace: Trace, path: str, view: LayerView) -> tuple[Callable[..., None], Callable[..., None]]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
         tensor = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         trace.alive.append(tensor)
-        trace.inputs.setdefault(path, []).append(identity(tensor))
+        source = identity(tensor)
+        if not view.features_last:
+            trace.reads[source[0]].append(trace.clock + 1)
+            source += (*tensor.shape, *tensor.stride())  # a picture and its transpose have other patches
+        trace.inputs.setdefault(path, []).append(source)
         trace.inside += 1
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
+        del args
         trace.inside -= 1
+        trace.rows[path] += output.numel() // view.read(module).shape[0]
 
     return enter, leave
 
@@ -159,15 +174,17 @@ def trace_block(block: nn.Module, run: Callable[[], Any]) -> Trace:
     return trace
 
 
-def describe(name: str, index: int, block: nn.Module, trace: Trace) -> Block:
-    """Turn a trace into typed facts."""
+def describe(name: str, index: int, block: nn.Module, trace: Trace, *, places: int) -> Block:
+    """Turn a trace of `places` places (tokens, or pictures) into typed facts."""
     holders, routers = experts_of(block), router_paths(block)
     grouped: dict[Hashable, list[str]] = {}
     for path, sources in trace.inputs.items():
         if path not in routers:
-            # A layer that runs twice has two inputs and shares its moments only with one that has the same two; and what
-            # enters a module of experts is not what each of them reads.
-            grouped.setdefault(path if path in holders else tuple(sources), []).append(path)
+            # A layer that runs twice has two inputs and shares its moments only with one that has the same two; two
+            # convolutions may make different patches of one input; and what enters a module of experts is not what each of
+            # them reads.
+            key: Hashable = path if path in holders else (tuple(sources), _reading(block, path))
+            grouped.setdefault(key, []).append(path)
     groups: list[SiteGroup] = []
     for paths in grouped.values():
         if paths[0] in holders:
@@ -176,7 +193,9 @@ def describe(name: str, index: int, block: nn.Module, trace: Trace) -> Block:
         sites = tuple(_site(name, path, block) for path in paths)
         sources = trace.inputs[paths[0]]
         norm = trace.norm_of(sources[0]) if len(sources) == 1 else None
-        groups.append(SiteGroup(group_name(paths), sites, norm))
+        rows = trace.rows[paths[0]] / places
+        entries = sum(source[2] for source in sources) / places  # the third part of an identity is a count of entries
+        groups.append(SiteGroup(group_name(paths), sites, norm, None, rows, entries))
     unread = tuple(path for path in _unread(block, trace, holders) if path not in routers)
     return Block(name, index, block, tuple(groups), unread, routers)
 
@@ -190,12 +209,19 @@ def _expert_groups(name: str, path: str, block: nn.Module, experts: UnpackedExpe
             yield SiteGroup(group_name(paths), sites, None, Expert(path, number, step))
 
 
-def _site(name: str, path: str, block: nn.Module) -> LinearSite:
+def _reading(block: nn.Module, path: str) -> Hashable:
     module = block.get_submodule(path)
     kind = layer_kind(module)
     assert kind is not None  # only sites are traced
+    return LAYER_VIEWS[kind].reading(module)
+
+
+def _site(name: str, path: str, block: nn.Module) -> LinearSite:
+    module = block.get_submodule(path)
+    kind = layer_kind(module)
+    assert kind is not None
     rows, columns = LAYER_VIEWS[kind].read(module).shape
-    return LinearSite(f"{name}.{path}", path, kind, (rows, columns))
+    return LinearSite(f"{name}.{path}" if path else name, path, kind, (rows, columns))
 
 
 def group_name(paths: list[str]) -> str:
@@ -217,5 +243,6 @@ def _unread(block: nn.Module, trace: Trace, holders: Iterable[str]) -> Iterator[
         if path in trace.inputs or _inside(path, ran) or isinstance(module, nn.Embedding):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2:
+            read_by = trace.operations.get(parameter.untyped_storage()._cdata, set())
+            if parameter.ndim >= 2 and not (read_by and read_by <= PLACED):
                 yield path if leaf == "weight" else f"{path}.{leaf}".removeprefix(".")

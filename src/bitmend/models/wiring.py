@@ -20,7 +20,7 @@ Memory = tuple[int, int]
 
 
 def find_wiring(block: Block, run: Callable[[], Any], hidden: int) -> Wiring:
-    """Return how the layers of a loaded block hang together.
+    """Return how the layers of a loaded block hang together; convolutions are left out.
 
     Args:
         block: with its weights.
@@ -35,7 +35,9 @@ def find_wiring(block: Block, run: Callable[[], Any], hidden: int) -> Wiring:
     ]
     holders = experts_of(module)
     in_experts = {site.path for group in block.groups if group.expert is not None for site in group.sites}
-    layers = [site.path for site in block.sites if site.path not in in_experts]
+    # The features of a convolution are not the last axis of what it reads, which is what transforms turn and scale.
+    sites = [site.path for site in block.sites if site.view.features_last]
+    layers = [path for path in sites if path not in in_experts]
     made: dict[Memory, str] = {}
     given: dict[Memory, str] = {}
     readers: dict[str, list[str]] = {path: [] for path in norms}
@@ -55,7 +57,7 @@ def find_wiring(block: Block, run: Callable[[], Any], hidden: int) -> Wiring:
             hooks.callback(module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
         run()
     reading = {path for paths in readers.values() for path in paths}
-    writers = tuple(site.path for site in block.sites if site.path not in reading)
+    writers = tuple(path for path in sites if path not in reading)
     of_queries = {norm for path, after in behind.items() if path in reading for norm in after}
     feeds = list(_feeds(module, [path for path in layers if path in reading], [w for w in writers if w in layers], run))
     values = next((heads for pair in feeds if (heads := _value_heads(module, *pair)) is not None), None)

@@ -12,20 +12,25 @@ measured against the unrounded block on the same input, and the weights are not 
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitmend.calibrate.dual_stream import DualStream, real_tokens
-from bitmend.errors import NumericsError
+from bitmend.calibrate.dual_stream import DualStream, added_by, real_tokens
+from bitmend.errors import NumericsError, RecipeError
 from bitmend.linalg.learned_rotation import AnyRotation
 from bitmend.models.attention import attach_attention, watching
+from bitmend.numerics.activation_ranges import AnyRounding, RangeSample, choose_range
 from bitmend.numerics.activations import ActivationSpec
+from bitmend.numerics.qtensor import ObserverName
+from bitmend.numerics.twin_uniform import GELU_DEPTH, TwinGeluSpec
 from bitmend.online import AttentionScheme, InputScheme, PrefixShape, attach_input
 from bitmend.pipeline.recipe import SEARCH, Recipe
-from bitmend.protocols import Event, ModelAdapter, TokenBatch
+from bitmend.protocols import Batch, Event, ModelAdapter
 from bitmend.sites import Block
 
 SEARCH_ROWS = 8  # of the fit split; whole batches
@@ -34,6 +39,9 @@ FINE = 0.025  # on either side of the best coarse ratio
 USUAL_RATIOS = 9  # that a search tries, for the forecast
 PATIENCE = 2  # ratios in a row that are worse, before a search ends
 HELD = ("keys", "values")
+OPERANDS = ("queries", "keys", "values", "probabilities")
+DEFAULT_OBSERVER: ObserverName = "percentile"  # of what attention multiplies
+GELU_SLACK = 0.001  # how far below the smallest value of GELU the rounding of a 16-bit type may bring it
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class _Quantiser:
 
     Attributes:
         paths: of the layers, or of the module that attends.
-        operand: `keys` or `values`; None for layers.
+        operand: one of `OPERANDS`; None for layers.
     """
 
     paths: tuple[str, ...]
@@ -57,12 +65,12 @@ class BlockRounding:
         attentions: path of a module in the block -> how it attends.
     """
 
-    def __init__(self, adapter: ModelAdapter, recipe: Recipe, trace: TokenBatch) -> None:
+    def __init__(self, adapter: ModelAdapter, recipe: Recipe, trace: Batch) -> None:
         """Prepare; `trace` are a few tokens that show where a block attends."""
         self._adapter, self._recipe, self._trace = adapter, recipe, trace
         self._index: int | None = None
         self._prefixes: dict[str, PrefixShape] = {}
-        self.inputs: dict[str, ActivationSpec] = {}
+        self.inputs: dict[str, AnyRounding] = {}
         self.attentions: dict[str, AttentionScheme] = {}
 
     @property
@@ -95,20 +103,48 @@ class BlockRounding:
         """Take what was found for a block that is finished, by full path."""
         self.begin_(block)
         start = f"{block.name}."
-        schemes = {name.removeprefix(start): scheme.activations for name, scheme in inputs.items()}
+        # The last block also holds what is done to the input of the head.
+        here = {name: scheme for name, scheme in inputs.items() if name == block.name or name.startswith(start)}
+        schemes = {_path_in(block, name): scheme.activations for name, scheme in here.items()}
         self.inputs = {path: spec for path, spec in schemes.items() if spec is not None}
-        self.attentions = {
-            "" if name == block.name else name.removeprefix(start): scheme for name, scheme in attentions.items()
-        }
+        self.attentions = {_path_in(block, name): scheme for name, scheme in attentions.items()}
 
     def input_schemes(self, block: Block, rotations: Mapping[str, AnyRotation]) -> dict[str, InputScheme]:
         """Return what is done to the inputs of layers while the finished model runs, by full path."""
         paths = dict.fromkeys([*self.inputs, *rotations])
-        return {f"{block.name}.{path}": InputScheme(rotations.get(path), self.inputs.get(path)) for path in paths}
+        return {_name_of(block, path): InputScheme(rotations.get(path), self.inputs.get(path)) for path in paths}
 
     def attention_schemes(self, block: Block) -> dict[str, AttentionScheme]:
         """Return how the block's modules attend while the finished model runs, by full path."""
-        return {f"{block.name}.{path}" if path else block.name: scheme for path, scheme in self.attentions.items()}
+        return {_name_of(block, path): scheme for path, scheme in self.attentions.items()}
+
+    def head_schemes(self, streams: DualStream | None) -> dict[str, InputScheme]:
+        """Return what is done to the inputs of the heads of a model of pictures, behind whose last block the streams are.
+
+        Raises:
+            NumericsError: NaN or Inf where a range is to be found.
+
+        Cost: what lies behind the last block, once for each fit row.
+        """
+        spec = self._recipe.head_activation_spec()
+        if spec is None or self._adapter.reads != "pictures":
+            return {}
+        if not _is_static(spec):
+            return {name: InputScheme(activations=spec) for name in self._adapter.head_names}
+        assert streams is not None  # what a recipe leaves open needs rows
+        samples = {name: RangeSample() for name in self._adapter.head_names}
+        with ExitStack() as attached:
+            for name, sample in samples.items():
+                head = self._adapter.model.get_submodule(name)
+                recorder = _Recorder(sample=sample)
+                attached.callback(attach_input(head, InputScheme(activations=recorder)).remove)
+            for position, batch in enumerate(streams.batches):
+                if not batch.held_out:
+                    self._adapter.logits(streams.x_q[position].to(streams.device), batch.tokens)
+        section = self._recipe.activations
+        assert section is not None
+        found = {name: choose_range(sample, spec, section.observer or "minmax") for name, sample in samples.items()}
+        return {name: InputScheme(activations=one or ActivationSpec(spec.bits)) for name, one in found.items()}
 
     # ------------------------------------------------------------------------------------------ at work
     @contextmanager
@@ -143,7 +179,7 @@ class BlockRounding:
         more, for each quantiser whose ratio is searched.
         """
         self.begin_(block)
-        events = self._find_ranges_(block, streams)
+        events = self._find_ranges_(block, streams) + self._observe_ranges_(block, streams)
         searched = [one for one in self._quantisers(block) if self._is_searched(one)]
         if searched:
             rows = _SearchRows(self._adapter, streams, block, self)
@@ -155,32 +191,52 @@ class BlockRounding:
         groups = [tuple(site.path for site in group.sites if site.path in self.inputs) for group in block.groups]
         of_layers = [_Quantiser(paths) for paths in groups if paths]
         schemes = self.attentions.items()
-        held = [_Quantiser((path,), name) for path, one in schemes for name in HELD if getattr(one, name) is not None]
+        held = [
+            _Quantiser((path,), name) for path, one in schemes for name in OPERANDS if getattr(one, name) is not None
+        ]
         return of_layers + held
 
     def _is_searched(self, quantiser: _Quantiser) -> bool:
+        if quantiser.operand is not None and quantiser.operand not in HELD:
+            return False
         section = self._recipe.activations if quantiser.operand is None else self._recipe.kv_cache
         return section is not None and section.clip_ratio == SEARCH
 
-    def spec_of(self, quantiser: _Quantiser) -> ActivationSpec:
+    def observer_of(self, quantiser: _Quantiser) -> ObserverName | None:
+        """Return how a static range is chosen; None: the largest magnitude, head by head, or no static range at all."""
+        recipe = self._recipe
+        if quantiser.operand is None:
+            return None if recipe.activations is None else recipe.activations.observer
+        attention = recipe.attention
+        if attention is None or not attention.static or (recipe.kv_cache is not None and quantiser.operand in HELD):
+            return None
+        return attention.observer or DEFAULT_OBSERVER
+
+    def spec_of(self, quantiser: _Quantiser) -> AnyRounding:
         """Return how it rounds now."""
         if quantiser.operand is None:
             return self.inputs[quantiser.paths[0]]
-        spec: ActivationSpec = getattr(self.attentions[quantiser.paths[0]], quantiser.operand)
+        spec: AnyRounding = getattr(self.attentions[quantiser.paths[0]], quantiser.operand)
         return spec
 
-    def set_(self, quantiser: _Quantiser, spec: ActivationSpec) -> None:
+    def _uniform_of(self, quantiser: _Quantiser) -> ActivationSpec:
+        """Return how it rounds now, to levels that are evenly spaced."""
+        spec = self.spec_of(quantiser)
+        assert isinstance(spec, ActivationSpec)
+        return spec
+
+    def set_(self, quantiser: _Quantiser, spec: AnyRounding) -> None:
         """Let it round so."""
         for path in quantiser.paths:
             if quantiser.operand is None:
                 self.inputs[path] = spec
-            elif quantiser.operand == "keys":
-                self.attentions[path] = replace(self.attentions[path], keys=spec)
             else:
-                self.attentions[path] = replace(self.attentions[path], values=spec)
+                self.attentions[path] = _with_operand(self.attentions[path], quantiser.operand, spec)
 
     def _find_ranges_(self, block: Block, streams: DualStream) -> list[Event]:
-        quantisers = [one for one in self._quantisers(block) if self.spec_of(one).ranges is not None]
+        quantisers = [
+            one for one in self._quantisers(block) if _is_static(self.spec_of(one)) and self.observer_of(one) is None
+        ]
         if not quantisers:
             return []
         largest_of = _Largest(block, self, quantisers)
@@ -198,20 +254,74 @@ class BlockRounding:
                     "rows; nothing was saved"
                 )
             if largest is not None and bool((largest > 0).all()):
-                self.set_(quantiser, replace(self.spec_of(quantiser), ranges=tuple(largest.tolist())))
+                self.set_(quantiser, replace(self._uniform_of(quantiser), ranges=tuple(largest.tolist())))
                 continue
             # A range of zero would make zeros of whatever comes later.
-            self.set_(quantiser, replace(self.spec_of(quantiser), ranges=None))
+            self.set_(quantiser, replace(self._uniform_of(quantiser), ranges=None))
             what = "no calibration token reaches it" if largest is None else "it was zero on all calibration tokens"
-            idle = any(path in _in_experts(block) for path in quantiser.paths)  # an expert may well be idle
-            for path in quantiser.paths:
-                where = f"{block.name}.{path}" + (f".{quantiser.operand}" if quantiser.operand else "")
-                message = f"{what}, so each token gets a scale of its own"
-                events.append(Event("no_range", where, message, degrades=not idle))
+            events += _no_range(block, quantiser, what)
         return events
 
+    def _observe_ranges_(self, block: Block, streams: DualStream) -> list[Event]:
+        """Choose static ranges from a sample of what comes by."""
+        quantisers = [one for one in self._quantisers(block) if _is_static(self.spec_of(one)) and self.observer_of(one)]
+        if not quantisers:
+            return []
+        samples = {one: RangeSample() for one in quantisers}
+        with self._recording(block, samples):
+            for position, batch in enumerate(streams.batches):
+                if batch.held_out:
+                    continue
+                if batch.tokens.mask is not None:
+                    raise RecipeError(
+                        "an observer of activations needs rows without padding; give texts that fill the rows, or leave "
+                        "observer out"
+                    )
+                self._adapter.run_block(block.index, streams.x_q[position].to(streams.device), batch.inputs)
+        events = []
+        for quantiser, sample in samples.items():
+            spec, observer = self.spec_of(quantiser), self.observer_of(quantiser)
+            assert observer is not None
+            if quantiser.operand is None and self._made_by_gelu(sample):
+                spec = TwinGeluSpec(spec.bits)
+            try:
+                chosen = choose_range(sample, spec, observer)
+            except NumericsError as error:
+                raise NumericsError(f"what {block.name}.{quantiser.paths[0]} reads: {error}") from error
+            if chosen is not None:
+                self.set_(quantiser, chosen)
+                continue
+            self.set_(quantiser, ActivationSpec(spec.bits))
+            what = "nothing came by" if sample.count == 0 else "it was zero on all calibration rows"
+            events += _no_range(block, quantiser, what)
+        return events
+
+    def _made_by_gelu(self, sample: RangeSample) -> bool:
+        section = self._recipe.activations
+        if section is None or section.after_gelu is None:
+            return False
+        return -GELU_DEPTH - GELU_SLACK <= sample.lowest < 0 < sample.highest
+
+    @contextmanager
+    def _recording(self, block: Block, samples: Mapping[_Quantiser, RangeSample]) -> Iterator[None]:
+        """Round nothing, but let samples take in what would be rounded."""
+        schemes: dict[str, AttentionScheme] = {}
+        with self.unrounded(block), ExitStack() as attached:
+            for quantiser, sample in samples.items():
+                recorder = _Recorder(sample=sample)
+                path = quantiser.paths[0]
+                if quantiser.operand is None:
+                    module = block.module.get_submodule(path)
+                    attached.callback(attach_input(module, InputScheme(activations=recorder)).remove)
+                    continue
+                scheme = schemes.get(path) or AttentionScheme(rotation=self.attentions[path].rotation)
+                schemes[path] = _with_operand(scheme, quantiser.operand, recorder)
+            for path, scheme in schemes.items():
+                attached.callback(attach_attention(block.module.get_submodule(path), scheme))
+            yield
+
     def _search_(self, quantiser: _Quantiser, rows: "_SearchRows") -> None:
-        start = self.spec_of(quantiser)
+        start = self._uniform_of(quantiser)
         errors: dict[float, float] = {}
 
         def error(ratio: float) -> float:
@@ -235,6 +345,46 @@ class BlockRounding:
         self.set_(quantiser, replace(start, clip_ratio=_best(errors)))
 
 
+def _with_operand(scheme: AttentionScheme, operand: str, rounding: Any) -> AttentionScheme:
+    changes: dict[str, Any] = {operand: rounding}
+    return replace(scheme, **changes)
+
+
+def _name_of(block: Block, path: str) -> str:
+    return f"{block.name}.{path}" if path else block.name
+
+
+def _path_in(block: Block, name: str) -> str:
+    return "" if name == block.name else name.removeprefix(f"{block.name}.")
+
+
+def _is_static(spec: AnyRounding) -> bool:
+    return not isinstance(spec, ActivationSpec) or spec.ranges is not None
+
+
+def _no_range(block: Block, quantiser: _Quantiser, what: str) -> list[Event]:
+    idle = any(path in _in_experts(block) for path in quantiser.paths)  # an expert may well be idle
+    events = []
+    for path in quantiser.paths:
+        where = f"{block.name}.{path}" + (f".{quantiser.operand}" if quantiser.operand else "")
+        message = f"{what}, so each token gets a scale of its own"
+        events.append(Event("no_range", where, message, degrades=not idle))
+    return events
+
+
+@dataclass(frozen=True)
+class _Recorder(ActivationSpec):
+    """Stands where something would be rounded, and leaves it as it is."""
+
+    bits: int = 8
+    sample: RangeSample = field(default_factory=RangeSample)
+
+    def round(self, values: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        """Take in what comes by."""
+        self.sample.add_(values)
+        return values
+
+
 def _in_experts(block: Block) -> set[str]:
     return {site.path for group in block.groups if group.expert is not None for site in group.sites}
 
@@ -253,7 +403,7 @@ class _SearchRows:
         for position, batch in enumerate(streams.batches):
             if not batch.held_out and rows < SEARCH_ROWS:
                 self._positions.append(position)
-                rows += len(batch.tokens.ids)
+                rows += batch.tokens.num_rows
         with rounding.unrounded(block):
             self._wanted = [self._added(position) for position in self._positions]
 
@@ -269,7 +419,7 @@ class _SearchRows:
         batch = self._streams.batches[position]
         hidden = self._streams.x_q[position].to(self._streams.device)
         output = self._adapter.run_block(self._block.index, hidden, batch.inputs)
-        return real_tokens((output - hidden).float(), batch.tokens)
+        return real_tokens(added_by(output, hidden).float(), batch.tokens)
 
 
 class _Largest:
@@ -277,7 +427,7 @@ class _Largest:
 
     def __init__(self, block: Block, rounding: BlockRounding, quantisers: list[_Quantiser]) -> None:
         self.seen: dict[_Quantiser, Tensor] = {}
-        self.tokens: TokenBatch | None = None  # at hand
+        self.tokens: Batch | None = None  # at hand
         self._block = block
         self._of_layers = [one for one in quantisers if one.operand is None]
         held = [one for one in quantisers if one.operand is not None]
@@ -302,7 +452,7 @@ class _Largest:
         del module
         assert self.tokens is not None
         values = arguments[0].detach()
-        whole = values.shape[:-1].numel() == self.tokens.ids.numel()  # not so inside an expert
+        whole = values.shape[:-1].numel() == self.tokens.num_places  # not so inside an expert
         rows = real_tokens(values, self.tokens) if whole else values
         if rows.numel():
             self._take(quantiser, rows.float().abs().amax().reshape(1))

@@ -48,26 +48,25 @@ def check_ends(adapter: ModelAdapter, recipe: Recipe) -> None:
     for name, tensor in adapter.outside_tensors():
         if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in _pieces(tensor)):
             raise NumericsError(f"the tensor {name} must be finite, but holds NaN or Inf; nothing was saved")
-    if recipe.head is not None and adapter.head_name is None:
+    if recipe.head is not None and not adapter.head_names:
         raise RecipeError(
             "the model's head is tied to its embedding; set embedding.bits, which quantises both, not head.bits"
         )
-    width = adapter.model.get_submodule(adapter.embedding_name).get_parameter("weight").shape[1]
-    for name, section in (("embedding", recipe.embedding), ("head", recipe.head)):
-        if section is not None:
-            try:
-                num_groups(_spec(section, adapter.dtype).granularity, width)
-            except RecipeError as error:
-                raise RecipeError(f"{name}: {error}") from error
+    if recipe.embedding is not None and adapter.embedding_name is None:
+        raise RecipeError(
+            "the model has no token embedding; leave embedding out (the layer that reads pictures is a site of its own)"
+        )
+    for name, section, _ in _wanted(adapter, recipe):
+        width = adapter.model.get_submodule(name).get_parameter("weight").shape[1]
+        try:
+            num_groups(_spec(section, adapter.dtype).granularity, width)
+        except RecipeError as error:
+            raise RecipeError(f"{'embedding' if name == adapter.embedding_name else 'head'}: {error}") from error
 
 
 def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
     """Return all tensors outside the blocks, embedding and head rounded to nearest where the recipe asks for it."""
-    wanted: dict[str, tuple[EndSection, str]] = {}
-    if recipe.embedding is not None:
-        wanted[adapter.embedding_name] = (recipe.embedding, "embedding")
-    if recipe.head is not None and adapter.head_name is not None:
-        wanted[adapter.head_name] = (recipe.head, "linear")
+    wanted = {name: (section, kind) for name, section, kind in _wanted(adapter, recipe)}
     ends = Ends({}, {}, {}, {})
     for name, tensor in adapter.outside_tensors():
         module = name.removesuffix(".weight")
@@ -79,20 +78,28 @@ def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
         qtensor = _round_rows(tensor, spec)
         ends.quantised[module], ends.kinds[module] = qtensor, kind
         ends.tensors.update(site_tensors(module, qtensor))
-    if recipe.embedding is not None and adapter.head_name is None:
+    if recipe.embedding is not None and not adapter.head_names and adapter.embedding_name is not None:
         ends.tied[_path_of_head(adapter)] = adapter.embedding_name
     return ends
 
 
 def end_shapes(adapter: ModelAdapter, recipe: Recipe) -> list[tuple[tuple[int, int], QuantSpec, int]]:
     """Return of each end that will be quantised its shape, its grid and its bytes as loaded; for the forecast."""
-    sections = {adapter.embedding_name: recipe.embedding, adapter.head_name: recipe.head}
     found = []
-    for name, section in sections.items():
-        if name is not None and section is not None:
-            weight = adapter.model.get_submodule(name).get_parameter("weight")
-            rows, columns = weight.shape
-            found.append(((rows, columns), _spec(section, adapter.dtype), weight.nbytes))
+    for name, section, _ in _wanted(adapter, recipe):
+        weight = adapter.model.get_submodule(name).get_parameter("weight")
+        rows, columns = weight.shape
+        found.append(((rows, columns), _spec(section, adapter.dtype), weight.nbytes))
+    return found
+
+
+def _wanted(adapter: ModelAdapter, recipe: Recipe) -> list[tuple[str, EndSection, str]]:
+    """Return path, section and kind of each layer around the blocks that is to be rounded."""
+    found: list[tuple[str, EndSection, str]] = []
+    if recipe.embedding is not None and adapter.embedding_name is not None:
+        found.append((adapter.embedding_name, recipe.embedding, "embedding"))
+    if recipe.head is not None:
+        found += [(name, recipe.head, "linear") for name in adapter.head_names]
     return found
 
 
@@ -116,5 +123,5 @@ def _path_of_head(adapter: ModelAdapter) -> str:
 
 
 def _spec(section: EndSection, model_dtype: torch.dtype) -> QuantSpec:
-    keys = section.model_dump()
+    keys = section.model_dump(exclude={"activation_bits"})
     return WeightSection(**keys, symmetric=True).spec(model_dtype)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bitmend.calibrate.data import CalibrationSet
+from bitmend.calibrate.images import ImageSet
 from bitmend.formats.writer import INDEX_FILE, companions
 from bitmend.models.fingerprint import model_fingerprint
 from bitmend.numerics import products
@@ -26,7 +27,7 @@ DIGESTS = PARTS[:3]
 def fingerprint_of(
     recipe: Recipe,
     folder: Path,
-    rows: CalibrationSet | None,
+    rows: CalibrationSet | ImageSet | None,
     versions: Mapping[str, str],
     device: torch.device,
 ) -> dict[str, str]:

@@ -53,16 +53,30 @@ class SiteShape:
         out: rows.
         width: columns.
         spec: its grid; None when it is skipped.
+        rows: of its product for one place: 1 for a token, as many as a layer makes of it for a picture.
+        read: entries of its input for one place; None: a row's width for each row.
     """
 
     out: int
     width: int
     spec: QuantSpec | None
+    rows: float = 1.0
+    read: float | None = None
 
     @property
     def entries(self) -> int:
         """How many weights."""
         return self.out * self.width
+
+    @property
+    def products(self) -> float:
+        """Multiply-adds for one place."""
+        return self.rows * self.entries
+
+    @property
+    def read_entries(self) -> float:
+        """Entries of its input for one place."""
+        return self.rows * self.width if self.read is None else self.read
 
     @property
     def packed_bytes(self) -> int:
@@ -338,9 +352,15 @@ def _work_bytes(facts: Facts, block: BlockShape) -> float:
 
 def _widened_bytes(facts: Facts, block: BlockShape) -> int:
     """Weight, inputs and outputs of one product in float32."""
-    rows = min(WIDENED_ROWS, max(batch.tokens for batch in facts.batches))
+    places = max(batch.tokens for batch in facts.batches)
     sites = [site for group in block.groups for site in group]
-    return max((SINGLE * (site.entries + rows * (site.width + site.out)) for site in sites), default=0)
+    return max(
+        (
+            int(SINGLE * (site.entries + min(WIDENED_ROWS, places * site.rows) * (site.width + site.out)))
+            for site in sites
+        ),
+        default=0,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what is stored of streams
@@ -351,7 +371,7 @@ def _stores(facts: Facts, block: BlockShape, *, inputs: bool, before: int | None
         max((b.tokens for b in facts.batches), default=0) * facts.hidden * facts.dtype_bytes
     )
     if inputs and facts.keep_inputs:
-        widths = sum(group[0].width for group in block.groups)
+        widths = sum(group[0].read_entries for group in block.groups)
         streams["group inputs"] = float(facts.tokens * widths * facts.dtype_bytes)
     runs = facts.runs_of(block)
     if before is not None and block.forward is not None and runs:
@@ -416,7 +436,7 @@ def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
     stores = _stores(facts, block, inputs=True, before=position) if facts.batches else {}
     square = float(DOUBLE * group[0].width ** 2)
     if facts.batches and facts.moments:
-        work = {"forward of a batch": _work_bytes(facts, block), **_summing(facts, group[0].width)}
+        work = {"forward of a batch": _work_bytes(facts, block), **_summing(facts, group[0])}
         yield _placed(facts, _stage(facts, "moments of a group", shared | work, {}), stores)
         # Of the fit rows and of the held-out rows (there, if empty); their merged ones take the place of both.
         shared = shared | {"moments": 2 * facts.moments * square}
@@ -428,10 +448,11 @@ def _group(facts: Facts, block: BlockShape, position: int) -> Iterator[Stage]:
     yield _placed(facts, _stage(facts, "solving a site", shared | _solving(facts, site, square, squares), {}), stores)
 
 
-def _summing(facts: Facts, width: int) -> dict[str, float]:
+def _summing(facts: Facts, site: SiteShape) -> dict[str, float]:
     """`MomentSums.add_`: sums of both splits, a chunk of inputs in float32, the float32 product; or the means at the end."""
+    width = site.width
     square = DOUBLE * width**2
-    chunk = min(CHUNK_TOKENS, max(batch.tokens for batch in facts.batches)) * width * SINGLE
+    chunk = min(CHUNK_TOKENS, max(batch.tokens for batch in facts.batches) * site.rows) * width * SINGLE
     sums = 2 * facts.moments * square
     adding = chunk * (3 if facts.moments > 1 else 2) + SINGLE * width**2
     # The means take the place of the sums, one at a time; what is finite is marked.

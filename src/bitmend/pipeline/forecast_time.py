@@ -50,8 +50,8 @@ def seconds_of(facts: Facts, rates: Rates, *, finished_blocks: int = 0, before: 
 
 
 # ---------------------------------------------------------------------------------------------- networks
-def _macs(block: BlockShape) -> int:
-    return sum(site.entries for group in block.groups for site in group)
+def _macs(block: BlockShape) -> float:
+    return sum(site.products for group in block.groups for site in group)
 
 
 def _passes(facts: Facts, block: BlockShape) -> float:
@@ -118,7 +118,7 @@ def _moments(facts: Facts, block: BlockShape, rates: Rates) -> float:
     total = 0.0
     for group in block.groups:
         square = group[0].width ** 2
-        products = 2 * facts.tokens * square * facts.moments / rates.product
+        products = 2 * facts.tokens * group[0].rows * square * facts.moments / rates.product
         sums = len(facts.batches) * facts.moments * 20 * square / rates.pass_over
         total += products + sums
     return total

@@ -16,7 +16,7 @@ from bitmend.calibrate.dual_stream import real_tokens
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.products import FastLinearWithGradient
 from bitmend.pipeline.transforming import Transforms, refuse_weights_not_finite
-from bitmend.protocols import BlockInputs, ModelAdapter, OpenNetwork, Progress, TokenBatch
+from bitmend.protocols import Batch, BlockInputs, ModelAdapter, OpenNetwork, Progress, TokenBatch, tokens_of
 from bitmend.sites import Block, ModelEnds, Wiring
 
 
@@ -28,7 +28,7 @@ class WholeNetwork(OpenNetwork):
         adapter: ModelAdapter,
         rows: Sequence[TokenBatch],
         rounding: Callable[[str], ActivationSpec | None],
-        trace: TokenBatch,
+        trace: Batch,
     ) -> None:
         """Load everything.
 
@@ -79,10 +79,10 @@ class WholeNetwork(OpenNetwork):
             return self._adapter.forward_block(index, hidden, inputs)
 
 
-def rows_to_learn_from(batches: Sequence[tuple[TokenBatch, bool]]) -> list[TokenBatch]:
+def rows_to_learn_from(batches: Sequence[tuple[Batch, bool]]) -> list[TokenBatch]:
     """Return the rows of the fit split, one by one, without their padding."""
     rows = []
-    for batch, held_out in batches:
+    for batch, held_out in ((tokens_of(rows), held_out) for rows, held_out in batches):
         for number, ids in enumerate(batch.ids if not held_out else ()):
             real = ids if batch.mask is None else ids[batch.mask[number].bool()]
             rows.append(TokenBatch(real.unsqueeze(0)))
@@ -92,9 +92,9 @@ def rows_to_learn_from(batches: Sequence[tuple[TokenBatch, bool]]) -> list[Token
 def learn(
     adapter: ModelAdapter,
     transforms: Transforms,
-    batches: Sequence[tuple[TokenBatch, bool]],
+    batches: Sequence[tuple[Batch, bool]],
     rounding: Callable[[str], ActivationSpec | None],
-    trace: TokenBatch,
+    trace: Batch,
     progress: Progress,
 ) -> dict[str, Tensor]:
     """Return what the transforms of a run learn, by place in the recipe, a full stop, and the transform's own name.

@@ -103,6 +103,7 @@ class PerSite:
                 solution, report = self._refitted(candidates.pop(site.name), block, rows)
                 factors = factors.with_those_of(rows)
                 events = [*solution.events, *_scale_events(site, solution.qtensor), *self._rare_events(site, rows.sent)]
+                events += [] if rows.shared_input else self._grouped_events(site)
                 if site is sites[-1]:  # factors are the group's: told once, when all of them have been computed
                     events += _factor_events(site, factors)
                 yield SolvedSite(site, replace(solution, events=tuple(events)), report, factors.to_json())
@@ -161,6 +162,8 @@ class PerSite:
         needs = self.solver.needs | BOTH_STREAMS if self.two_streams else self.solver.needs
         if streams is None or not needs:
             return _Rows(None, None, None)
+        if not all(site.view.one_input for site in group.sites):
+            return _Rows(None, None, None, shared_input=False)
         sent = streams.expert_tokens(group_index) if group.expert is not None else None
         if sent is not None and sent.treatment == "rtn":
             return _Rows(None, None, None, sent)
@@ -194,6 +197,11 @@ class PerSite:
             return _dropped(solution, base, report)
         return solution, report
 
+    def _grouped_events(self, site: LinearSite) -> list[Event]:
+        """Return what the user must know of a layer whose output channels read different inputs."""
+        message = "each group of channels reads inputs of its own, which no solver takes yet; rounded to nearest"
+        return [] if isinstance(self.solver, Rtn) else [Event("grouped", site.name, message, degrades=True)]
+
     def _rare_events(self, site: LinearSite, sent: ExpertTokens | None) -> list[Event]:
         """Return what the user must know of an expert that too few calibration tokens reach."""
         if sent is None or sent.treatment == "own":
@@ -215,18 +223,19 @@ class _Rows:
     both: Moments | None
     sent: ExpertTokens | None = None  # of a group that belongs to an expert
     refit: bool = False
+    shared_input: bool = True  # whether all rows of the matrix read the same input
 
     def joined_(self, *, shared: bool) -> "_Rows":
         """Return what refitting needs, and let the moments of the splits go; `shared` ones of experts stay as they are."""
         if not self.refit or self.fit is None or self.held_out is None:
-            return _Rows(None, None, None, self.sent)
+            return _Rows(None, None, None, self.sent, shared_input=self.shared_input)
         join = merge if shared else merge_
         return _Rows(None, None, join(self.fit, self.held_out), self.sent)
 
     @property
     def too_few(self) -> bool:
-        """Whether the group is to be rounded to nearest because too few tokens reach its expert."""
-        return self.sent is not None and self.sent.treatment == "rtn"
+        """Whether the group is rounded to nearest: too few tokens reach its expert, or there are no rows for a product."""
+        return not self.shared_input or (self.sent is not None and self.sent.treatment == "rtn")
 
 
 def finite_weight(site: LinearSite, block: Block) -> Any:

@@ -27,16 +27,18 @@ from bitmend.pipeline.forecast import BatchShape, BlockShape, Facts, Forecast, L
 from bitmend.pipeline.forecast_time import seconds_of
 from bitmend.pipeline.per_site import BOTH_STREAMS, FULL_PRECISION_STREAM
 from bitmend.pipeline.prefix import ROWS_LOOKED_AT
-from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.rates import Rates, measure_rates
 from bitmend.pipeline.recipe import SEARCH, Recipe
 from bitmend.pipeline.transform_guard import GUARD_ROWS
-from bitmend.protocols import LearningTransform, ModelAdapter, TokenBatch
+from bitmend.protocols import Batch, LearningTransform, ModelAdapter
 
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
 TIMED_MACS = 4e9
 LEAST_TIMED = 64  # tokens: fewer tell how long the weights take to read, and not what a token takes
+MOST_TIMED_ROWS = 8  # pictures
 TOKENS_PER_BATCH = 2048
+# Of pictures: as many as make hidden states of this size, but no more than this number.
+ENTRIES_PER_BATCH, MOST_ROWS_PER_BATCH = 2**22, 64
 # Results of wide layers are kept where the whole run then takes no more than this share of the memory that is there.
 AMPLE_SHARE = 0.25
 
@@ -178,7 +180,7 @@ def gather_facts(
     return Facts(
         blocks=blocks,
         batches=tuple(batches),
-        hidden=_hidden_width(adapter),
+        hidden=adapter.stream_width(),
         dtype_bytes=adapter.dtype.itemsize,
         outside_bytes=outside,
         ends=tuple((SiteShape(*shape, spec), loaded) for shape, spec, loaded in end_shapes(adapter, recipe)),
@@ -202,6 +204,8 @@ def _learning(adapter: ModelAdapter, recipe: Recipe, batches: Sequence[BatchShap
     rows = sum(part.num_passes for part in recipe.build_transforms() if isinstance(part, LearningTransform))
     if not rows or not batches:
         return None
+    if adapter.embedding_name is None:
+        raise RequestError("a transform that learns on the whole network needs a language model; leave it out")
     vocabulary = adapter.model.get_submodule(adapter.embedding_name).get_parameter("weight").shape[0]
     return Learning(rows, max(batch.length for batch in batches), vocabulary)
 
@@ -255,22 +259,28 @@ def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], 
     index = indices[0]
     adapter.load_block(index)
     try:
-        block = adapter.describe_block(index, trace_batch())
+        block = adapter.describe_block(index, adapter.few_rows())
         groups = tuple(
-            tuple(SiteShape(*site.shape, recipe.scheme(site.name, adapter.dtype)) for site in group.sites)
+            tuple(
+                SiteShape(
+                    *site.shape,
+                    recipe.scheme(site.name, adapter.dtype),
+                    group.rows_per_place,
+                    group.entries_per_place,
+                )
+                for site in group.sites
+            )
             for group in block.groups
         )
         tensors = adapter.block_tensors(index)
         quantised = {f"{site.name}.weight" for site in block.sites if recipe.scheme(site.name, adapter.dtype)}
-        macs = sum(site.entries for group in groups for site in group)
-        context = getattr(adapter.model.config, "max_position_embeddings", None) or TIMED_TOKENS
-        timed = int(max(1, min(TIMED_TOKENS, context, max(LEAST_TIMED, TIMED_MACS // max(1, macs)))))
+        macs = sum(site.products for group in groups for site in group)
         return BlockShape(
             count=len(indices),
             groups=groups,
             weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             site_bytes=sum(tensor.nbytes for name, tensor in tensors.items() if name in quantised),
-            forward=measure_forward(adapter, index, timed) if with_rows else None,
+            forward=measure_forward(adapter, index, _timed_places(adapter, macs)) if with_rows else None,
             runs=planned_runs(block) if with_rows and block.groups else (),
             wide_runs=planned_runs(block, wide=True) if with_rows and block.groups else (),
         )
@@ -278,22 +288,36 @@ def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], 
         adapter.release_block(index)
 
 
-def _hidden_width(adapter: ModelAdapter) -> int:
-    return int(adapter.block_inputs(trace_batch()).hidden.shape[-1])
+def _timed_places(adapter: ModelAdapter, macs: float) -> int:
+    """Return how many tokens, or pictures, a pass is timed with."""
+    if adapter.row_length is not None:
+        return int(max(1, min(MOST_TIMED_ROWS, TIMED_MACS // max(1, macs)))) * adapter.row_length
+    context = getattr(adapter.model.config, "max_position_embeddings", None) or TIMED_TOKENS
+    return int(max(1, min(TIMED_TOKENS, context, max(LEAST_TIMED, TIMED_MACS // max(1, macs)))))
 
 
-def batch_shapes(batches: Sequence[tuple[TokenBatch, bool]]) -> list[BatchShape]:
+def batch_shapes(batches: Sequence[tuple[Batch, bool]]) -> list[BatchShape]:
     """Return the shapes of batches that have been drawn."""
     return [
-        BatchShape(tokens.ids.shape[0], tokens.ids.shape[1], held_out, tokens.mask is not None)
-        for tokens, held_out in batches
+        BatchShape(rows.num_rows, rows.num_places // max(1, rows.num_rows), held_out, rows.mask is not None)
+        for rows, held_out in batches
     ]
 
 
-def asked_batches(sequences: int, length: int, held_out: float) -> list[BatchShape]:
-    """Return the shapes of rows that have not been drawn: as many full ones as the recipe asks for."""
+def rows_per_batch(adapter: ModelAdapter, length: int) -> int:
+    """Return how many rows of `length` places run at once."""
+    if adapter.row_length is None:
+        return max(1, TOKENS_PER_BATCH // length)
+    return max(1, min(MOST_ROWS_PER_BATCH, ENTRIES_PER_BATCH // adapter.stream_width()))
+
+
+def asked_batches(sequences: int, length: int, held_out: float, size_of_batch: int | None = None) -> list[BatchShape]:
+    """Return the shapes of rows that have not been drawn: as many full ones as the recipe asks for.
+
+    `size_of_batch` None stands for as many rows of tokens as run at once.
+    """
+    size_of_batch = size_of_batch or max(1, TOKENS_PER_BATCH // length)
     kept = min(max(1, round(held_out * sequences)), sequences - 1) if held_out and sequences > 1 else 0
-    size_of_batch = max(1, TOKENS_PER_BATCH // length)
     found = []
     for count, is_held_out in ((sequences - kept, False), (kept, True)):
         found += [
@@ -410,11 +434,11 @@ def _most_sequences(facts: Facts, limits: Limits) -> int:
     rows = sum(batch.rows for batch in facts.batches)
     if rows < 3:
         return 0
-    length = max(batch.length for batch in facts.batches)
+    length, together = max(batch.length for batch in facts.batches), max(batch.rows for batch in facts.batches)
     share = sum(batch.rows for batch in facts.batches if batch.held_out) / rows
 
     def fits(count: int) -> bool:
-        fewer = replace(facts, batches=tuple(asked_batches(count, length, share)))
+        fewer = replace(facts, batches=tuple(asked_batches(count, length, share, together)))
         return lacks(fewer, forecast(fewer), limits) is None
 
     low, high = 2, rows  # at least one row to fit on and one to judge on

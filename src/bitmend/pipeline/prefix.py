@@ -26,7 +26,7 @@ from bitmend.models.attention import attach_attention, drop_prefix_, hold_prefix
 from bitmend.online import AttentionScheme, PrefixShape
 from bitmend.pipeline.recipe import PrefixSection
 from bitmend.pipeline.transforming import SLACK, small_numbers_like
-from bitmend.protocols import Event, ModelAdapter, Progress, TokenBatch
+from bitmend.protocols import Batch, Event, ModelAdapter, Progress, TokenBatch, tokens_of
 from bitmend.sites import Block
 
 ROWS_LOOKED_AT = 64  # of the fit split, whole batches, for the tokens that have massive activations
@@ -149,13 +149,13 @@ def _refuse_other(block: Block, wanted: Tensor, got: Tensor) -> None:
 def choose_prefix(
     adapter: ModelAdapter,
     section: PrefixSection,
-    batches: Sequence[tuple[TokenBatch, bool]],
+    batches: Sequence[tuple[Batch, bool]],
     first_token: int | None,
     progress: Progress,
     *,
     device: torch.device,
     directory: Path | None,
-    trace: TokenBatch,
+    trace: Batch,
 ) -> tuple[tuple[int, ...], Event]:
     """Return the tokens that stand in front, and what the user must be told.
 
@@ -208,11 +208,11 @@ def first_token_of(config: Any) -> int | None:
     return next((number for number in numbers if isinstance(number, int)), None)
 
 
-def _fit_rows(batches: Sequence[tuple[TokenBatch, bool]]) -> list[TokenBatch]:
+def _fit_rows(batches: Sequence[tuple[Batch, bool]]) -> list[TokenBatch]:
     rows: list[TokenBatch] = []
     for batch, held_out in batches:
         if not held_out and sum(len(one.ids) for one in rows) < ROWS_LOOKED_AT:
-            rows.append(batch)
+            rows.append(tokens_of(batch))
     return rows
 
 
@@ -235,7 +235,7 @@ class _Seen:
                 hook = _ratios_to_median(ratios, streams)
                 hooks.callback(block.module.get_submodule(path).register_forward_pre_hook(hook).remove)
             streams.run_full_precision_(block.index)
-        rows = [row for batch in streams.batches for row in batch.tokens.ids]
+        rows = [row for batch in streams.batches for row in tokens_of(batch.tokens).ids]
         self._count = len(rows)
         for ratios in found.values():
             by_row = [ratio for batch in ratios for ratio in batch]
@@ -259,7 +259,7 @@ class _Seen:
 def _ratios_to_median(ratios: list[Tensor], streams: DualStream) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         del module
-        tokens = streams.batches[len(ratios)].tokens
+        tokens = tokens_of(streams.batches[len(ratios)].tokens)
         largest = arguments[0].detach().float().abs().amax(-1).reshape(tokens.ids.shape).cpu()
         real = torch.ones_like(tokens.ids, dtype=torch.bool) if tokens.mask is None else tokens.mask.bool()
         median = largest.masked_fill(~real, torch.nan).nanmedian(1, keepdim=True).values

@@ -22,16 +22,14 @@ from bitmend.pipeline.recipe import Recipe
 from bitmend.pipeline.resume import Journal, QuantisedBlock
 from bitmend.pipeline.transform_guard import TransformGuard
 from bitmend.pipeline.transforming import BlockTransforms, Transforms
-from bitmend.protocols import BlockReport, Event, ModelAdapter, Progress, RunReport, TokenBatch
+from bitmend.protocols import Batch, BlockReport, Event, ModelAdapter, Progress, RunReport
 from bitmend.sites import Block
-
-TRACE_TOKENS = 8
 
 
 def quantise_blocks(
     adapter: ModelAdapter,
     recipe: Recipe,
-    batches: Sequence[tuple[TokenBatch, bool]],
+    batches: Sequence[tuple[Batch, bool]],
     report: RunReport,
     progress: Progress,
     *,
@@ -72,7 +70,9 @@ def quantise_blocks(
     """
     if recipe.changes_attention:
         adapter.prepare_attention_()
-    transforms = transforms or Transforms(adapter, recipe.build_transforms(), trace_batch(), recipe.forced_transforms())
+    transforms = transforms or Transforms(
+        adapter, recipe.build_transforms(), adapter.few_rows(), recipe.forced_transforms()
+    )
     loop = _Loop(adapter, recipe, report, device, journal, transforms)
     if batches:
         transforms.guard = TransformGuard(
@@ -90,7 +90,7 @@ def quantise_blocks(
                 progress,
                 device=device,
                 directory=directory,
-                trace=trace_batch(),
+                trace=adapter.few_rows(),
             )
     loop.begin_(batches, progress, directory)
     if first == len(names):
@@ -137,14 +137,14 @@ class _Loop:
         self.recipe = recipe
         self.report = report
         self.transforms = transforms
-        self.rounding = BlockRounding(adapter, recipe, trace_batch())
+        self.rounding = BlockRounding(adapter, recipe, adapter.few_rows())
         self.prefix: Prefix | None = None
         wanted = recipe.calibration
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
         self.keep_inputs = wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM)
         self.measures = wanted.two_streams or bool(solver.needs)
 
-    def begin_(self, batches: Sequence[tuple[TokenBatch, bool]], progress: Progress, directory: Path | None) -> None:
+    def begin_(self, batches: Sequence[tuple[Batch, bool]], progress: Progress, directory: Path | None) -> None:
         """Choose the tokens that stand in front of every text, then transform what lies around the blocks."""
         if self.recipe.prefix is not None:
             with self.timed("prefix"):
@@ -156,7 +156,7 @@ class _Loop:
                     progress,
                     device=self.device,
                     directory=directory,
-                    trace=trace_batch(),
+                    trace=self.adapter.few_rows(),
                 )
             self.report.events.append(event)
             self.prefix = Prefix(self.adapter, tokens) if tokens else None
@@ -169,7 +169,7 @@ class _Loop:
                 self.prefix.begin_()
         self.report.events += self.transforms.events
 
-    def _learn_(self, batches: Sequence[tuple[TokenBatch, bool]], progress: Progress) -> None:
+    def _learn_(self, batches: Sequence[tuple[Batch, bool]], progress: Progress) -> None:
         """Let transforms learn on the whole network, or take what the journal holds of it."""
         learned = None if self.journal is None else self.journal.learned()
         # What is finished was made with rotations that nobody can be sure to learn again.
@@ -179,7 +179,7 @@ class _Loop:
             )
         if learned is None:
             learned = learn(
-                self.adapter, self.transforms, batches, self.recipe.activation_spec, trace_batch(), progress
+                self.adapter, self.transforms, batches, self.recipe.activation_spec, self.adapter.few_rows(), progress
             )
             return_free_memory()
             if self.journal is not None:
@@ -212,6 +212,9 @@ class _Loop:
             self.rounding.input_schemes(block, transformed.inputs),
             self.rounding.attention_schemes(block),
         )
+        if index == len(self.adapter.block_names) - 1 and self.adapter.reads == "pictures":
+            with self.timed("ranges"):
+                inputs |= self.rounding.head_schemes(streams)
         rest = self._rest(index, sites)
         self._leave()
         return QuantisedBlock(block.name, sites, kinds, rest, report, tuple(events), inputs, attentions)
@@ -259,7 +262,7 @@ class _Loop:
         """Load a block and apply the transforms; return also what they did and all that the user must be told."""
         with self.timed("load"):
             self.adapter.load_block(index)
-            block = self.adapter.describe_block(index, trace_batch())
+            block = self.adapter.describe_block(index, self.adapter.few_rows())
             transformed = self.transforms.apply_(block, streams)
             self.rounding.begin_(block)
             if self.prefix is not None:
@@ -314,11 +317,6 @@ class _Loop:
 
     def _add_seconds(self, what: str, seconds: float) -> None:
         self.report.seconds[what] = self.report.seconds.get(what, 0.0) + seconds
-
-
-def trace_batch() -> TokenBatch:
-    """Return a few tokens that every vocabulary has; only the order of layers is read from them."""
-    return TokenBatch(torch.arange(TRACE_TOKENS).unsqueeze(0) % 2)
 
 
 def _unread_events(block: Block) -> list[Event]:

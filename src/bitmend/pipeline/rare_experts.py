@@ -16,21 +16,21 @@ from torch import nn
 from bitmend.calibrate.dual_stream import DualStream
 from bitmend.calibrate.experts import LayerInputs, refusal
 from bitmend.errors import CalibrationError
-from bitmend.protocols import ModelAdapter, Progress, TokenBatch
+from bitmend.protocols import Batch, ModelAdapter, Progress
 from bitmend.routing import RareExperts
 from bitmend.sites import Block, LinearSite
 
 
 def refuse_rare_experts(
     adapter: ModelAdapter,
-    batches: Sequence[tuple[TokenBatch, bool]],
+    batches: Sequence[tuple[Batch, bool]],
     rare: RareExperts,
     is_quantised: Callable[[LinearSite], bool],
     progress: Progress,
     *,
     device: torch.device,
     directory: Path | None,
-    trace: TokenBatch,
+    trace: Batch,
 ) -> None:
     """Run the full-precision network block by block and count the tokens of each expert.
 

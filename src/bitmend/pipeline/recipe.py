@@ -9,6 +9,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, Valid
 
 from bitmend.errors import RecipeError, RequestError, nearest_name
 from bitmend.linalg.hadamard import Rotation
+from bitmend.numerics.activation_ranges import AnyRounding
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.granularity import Granularity, PerChannel, PerGroup
+from bitmend.numerics.log_sqrt2 import LogSqrt2Spec
 from bitmend.numerics.qtensor import ObserverName, QuantSpec
+from bitmend.numerics.twin_uniform import TwinSoftmaxSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.online import AttentionScheme
 from bitmend.protocols import SOLVERS, TRANSFORMS
@@ -73,6 +77,11 @@ def _ranges(static: bool | None) -> tuple[float, ...] | None:
     return () if static else None
 
 
+def _static(bits: int | None) -> ActivationSpec | None:
+    """Return a grid with zero points whose range is still to be found."""
+    return None if bits is None else ActivationSpec(bits, symmetric=False, ranges=())
+
+
 class ActivationSection(_Section):
     """How each token is rounded in front of the layers that are quantised, while the model runs."""
 
@@ -80,7 +89,25 @@ class ActivationSection(_Section):
     group_size: StrictInt = -1  # -1: one scale per token
     symmetric: bool = True
     clip_ratio: ClipRatio = 1.0
-    static: bool | None = None  # one scale for all tokens, from the largest magnitude of the calibration rows
+    static: bool | None = None  # one scale for all tokens, from the calibration rows
+    # How a static range is chosen: from the ends of what came by, from quantiles, or by the least squared error. None: from
+    # the ends, where the largest magnitude decides (symmetric grids).
+    observer: ObserverName | None = None
+    # What rounds an input that GELU has made, told by its smallest value: the grid of all inputs, or PTQ4ViT's with a step of
+    # its own below zero.
+    after_gelu: Literal["twin"] | None = None
+
+    @model_validator(mode="after")
+    def _ranges_are_chosen(self) -> "ActivationSection":
+        if (self.observer is not None or self.after_gelu is not None) and not self.static:
+            raise ValueError(
+                "activations.observer and activations.after_gelu choose static ranges; set activations.static = true"
+            )
+        if self.static and not self.symmetric and self.observer is None:
+            raise ValueError(
+                "static ranges with zero points need an observer; set activations.observer to 'minmax', 'percentile' or 'mse'"
+            )
+        return self
 
     def spec(self) -> ActivationSpec:
         """Return the grid of these keys, ranges and ratios that are still to be found left open."""
@@ -98,6 +125,15 @@ class KvCacheSection(_Section):
     clip_ratio: ClipRatio = 1.0
     static: bool | None = None  # one scale for all tokens of a head
     rotate: bool = True  # queries and keys, head by head, so that no feature of a key stands out
+
+    @model_validator(mode="after")
+    def _static_is_symmetric(self) -> "KvCacheSection":
+        if self.static and not self.symmetric:
+            raise ValueError(
+                "static ranges of a cache need a symmetric grid without groups; set kv_cache.symmetric = true, or "
+                "static = false"
+            )
+        return self
 
     def spec(self) -> ActivationSpec:
         """Return the grid of these keys, as in `ActivationSection`; scales as they are kept."""
@@ -121,10 +157,54 @@ class PrefixSection(_Section):
 
 
 class AttentionSection(_Section):
-    """How the other operands of attention's two products are rounded; None: they are not."""
+    """How the operands of attention's two products are rounded, those of a cache apart; None: they are not.
 
-    query_bits: StrictInt | None = Field(None, ge=2, le=8)  # one scale per head of a token, symmetric
-    probability_bits: StrictInt | None = Field(None, ge=2, le=8)  # one scale per query and head, from 0 on
+    As they stand: queries with one scale per head of a token, symmetric; probabilities with one scale per query and head,
+    from 0 on. Static, as in models of pictures: one range with a zero point for each operand, chosen by `observer`.
+    """
+
+    query_bits: StrictInt | None = Field(None, ge=2, le=8)
+    key_bits: StrictInt | None = Field(
+        None, ge=2, le=8
+    )  # static only; of language models kv_cache rounds keys and values
+    value_bits: StrictInt | None = Field(None, ge=2, le=8)
+    probability_bits: StrictInt | None = Field(None, ge=2, le=8)
+    static: bool | None = None
+    observer: ObserverName | None = None  # of static ranges; None: percentile
+    probability_grid: Literal["uniform", "log_sqrt2", "twin"] | None = None  # static only; None: uniform
+
+    @model_validator(mode="after")
+    def _static_keys(self) -> "AttentionSection":
+        named = {name: getattr(self, name) for name in ("key_bits", "value_bits", "observer", "probability_grid")}
+        for name, value in named.items():
+            if value is not None and not self.static:
+                raise ValueError(f"attention.{name} needs static ranges; set attention.static = true")
+        return self
+
+    def scheme(self) -> AttentionScheme:
+        """Return how the operands are rounded, ranges that are still to be found left open."""
+        if not self.static:
+            return AttentionScheme(
+                queries=None if self.query_bits is None else ActivationSpec(self.query_bits),
+                probabilities=None
+                if self.probability_bits is None
+                else ActivationSpec(self.probability_bits, symmetric=False),
+            )
+        return AttentionScheme(
+            queries=_static(self.query_bits),
+            keys=_static(self.key_bits),
+            values=_static(self.value_bits),
+            probabilities=self._probabilities(),
+        )
+
+    def _probabilities(self) -> AnyRounding | None:
+        if self.probability_bits is None:
+            return None
+        if self.probability_grid == "log_sqrt2":
+            return LogSqrt2Spec(self.probability_bits)
+        if self.probability_grid == "twin":
+            return TwinSoftmaxSpec(self.probability_bits, 0)
+        return _static(self.probability_bits)
 
 
 class OverrideSection(_Section):
@@ -140,6 +220,7 @@ class OverrideSection(_Section):
     observer: ObserverName | None = None
     ragged: bool | None = None
     scale_dtype: ScaleDtype | None = None
+    activation_bits: StrictInt | None = Field(None, ge=2, le=8)  # of recipes that round activations at all
 
     def matches(self, name: str) -> bool:
         """Return whether one of the targets is this site."""
@@ -191,6 +272,8 @@ class EndSection(_Section):
     bits: StrictInt = Field(8, ge=2, le=8)
     group_size: StrictInt = -1
     observer: ObserverName = "mse"
+    # Of what the head of a model of pictures reads, where the recipe rounds activations; None: as many as `bits`.
+    activation_bits: StrictInt | None = Field(None, ge=2, le=8)
 
 
 class Recipe(_Section):
@@ -216,6 +299,10 @@ class Recipe(_Section):
         for section in (self.activations, self.kv_cache):
             if section is not None:
                 section.spec()
+        attention = self.attention
+        both = attention is not None and (attention.key_bits is not None or attention.value_bits is not None)
+        if self.kv_cache is not None and both:
+            raise ValueError("keys and values are rounded by kv_cache or by attention; give one of them")
         return self
 
     def build_solver(self) -> Any:
@@ -247,7 +334,8 @@ class Recipe(_Section):
     def leaves_open(self) -> bool:
         """Whether ranges or ratios are to be found."""
         sections = (self.activations, self.kv_cache)
-        return any(one is not None and (one.static or one.clip_ratio == SEARCH) for one in sections)
+        searched = any(one is not None and (one.static or one.clip_ratio == SEARCH) for one in sections)
+        return searched or bool(self.attention is not None and self.attention.static)
 
     def forced_transforms(self) -> list[bool]:
         """Return of each transform whether it stays even where it makes a block worse."""
@@ -259,7 +347,7 @@ class Recipe(_Section):
         skip = False
         for override in self.overrides:
             if override.matches(site):
-                changed = override.model_dump(exclude={"targets", "skip"}, exclude_none=True)
+                changed = override.model_dump(exclude={"targets", "skip", "activation_bits"}, exclude_none=True)
                 skip = override.skip
                 keys.update(changed)
         return None if skip else WeightSection(**keys).spec(model_dtype)
@@ -268,7 +356,18 @@ class Recipe(_Section):
         """Return how the input of one site is rounded, or None when it is not, or an override skips the site."""
         if self.activations is None or self.scheme(site, torch.bfloat16) is None:
             return None
-        return self.activations.spec()
+        bits = [
+            override.activation_bits
+            for override in self.overrides
+            if override.activation_bits is not None and override.matches(site)
+        ]
+        return replace(self.activations.spec(), bits=bits[-1]) if bits else self.activations.spec()
+
+    def head_activation_spec(self) -> ActivationSpec | None:
+        """Return how the input of the head of a model of pictures is rounded, or None when it is not."""
+        if self.activations is None or self.head is None:
+            return None
+        return replace(self.activations.spec(), bits=self.head.activation_bits or self.head.bits)
 
     @property
     def rounds_attention(self) -> bool:
@@ -293,16 +392,11 @@ class Recipe(_Section):
         for width in (site.key_width, site.value_width):
             if cache is not None:
                 cache.check_width(width)
-        other = self.attention or AttentionSection()
-        return AttentionScheme(
-            rotation=Rotation(site.key_width) if self.kv_cache is not None and self.kv_cache.rotate else None,
-            queries=None if other.query_bits is None else ActivationSpec(other.query_bits),
-            keys=cache,
-            values=cache,
-            probabilities=None
-            if other.probability_bits is None
-            else ActivationSpec(other.probability_bits, symmetric=False),
-        )
+        scheme = (self.attention or AttentionSection()).scheme()
+        if self.kv_cache is None:
+            return scheme
+        rotation = Rotation(site.key_width) if self.kv_cache.rotate else None
+        return replace(scheme, rotation=rotation, keys=cache, values=cache)
 
     def to_toml(self) -> str:
         """Return the recipe as a TOML file that reads back as the same recipe."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from bitmend.errors import ModelError, RecipeError, nearest_name
 from bitmend.models.experts import refuse_packed
 from bitmend.numerics.granularity import num_groups
-from bitmend.pipeline.quantize import trace_batch
 from bitmend.pipeline.recipe import Recipe
 from bitmend.protocols import LearningTransform, ModelAdapter
 from bitmend.rotating import RotatingTransform
@@ -92,8 +91,8 @@ def _find(adapter: ModelAdapter, *, attend: bool) -> _Found:
         if structure not in known:
             refuse_packed(module)
             adapter.load_block(index)
-            block = adapter.describe_block(index, trace_batch())
-            known[structure] = block, adapter.attentions_of(block, trace_batch()) if attend else ()
+            block = adapter.describe_block(index, adapter.few_rows())
+            known[structure] = block, adapter.attentions_of(block, adapter.few_rows()) if attend else ()
             adapter.release_block(index)
         block, attentions = known[structure]
         found.widths |= {f"{name}.{site.path}": site.shape[1] for site in block.sites}
@@ -104,6 +103,10 @@ def _find(adapter: ModelAdapter, *, attend: bool) -> _Found:
 
 def _check_prefix(recipe: Recipe, adapter: ModelAdapter) -> None:
     tokens = [] if recipe.prefix is None else recipe.prefix.tokens or []
+    if recipe.prefix is not None and adapter.embedding_name is None:
+        raise RecipeError("a prefix are tokens in front of a text, but the model reads none; leave prefix out")
+    if adapter.embedding_name is None:
+        return
     size = adapter.model.get_submodule(adapter.embedding_name).get_parameter("weight").shape[0]
     for token in tokens:
         if not 0 <= token < size:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from bitmend.calibrate.data import CalibrationSet, Split, load_calibration
 from bitmend.errors import (
     GuardError,
     OutputError,
@@ -26,18 +25,17 @@ from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
 from bitmend.formats.writer import PARTS, CheckpointWriter, check_output, partial_folder
 from bitmend.models.find import find_adapter
-from bitmend.models.loading import resolve_model
-from bitmend.models.tokenizer import load_tokenizer
+from bitmend.models.loading import CAUSAL_LM, IMAGE_CLASSIFIER, resolve_model
 from bitmend.online import AttentionScheme, InputScheme
+from bitmend.pipeline.calibration_rows import Rows, batches_of, draw_calibration, expected_batches
 from bitmend.pipeline.ends import check_ends, quantise_ends
 from bitmend.pipeline.fingerprint import fingerprint_of
 from bitmend.pipeline.forecast import BatchShape
+from bitmend.pipeline.image_defaults import with_image_defaults
 from bitmend.pipeline.machine import peak_memory_bytes
 from bitmend.pipeline.plan import (
-    TOKENS_PER_BATCH,
     Baseline,
     Plan,
-    asked_batches,
     batch_shapes,
     gather_facts,
     limits_at,
@@ -45,14 +43,13 @@ from bitmend.pipeline.plan import (
     settle,
     timed,
 )
-from bitmend.pipeline.quantize import quantise_blocks, trace_batch
+from bitmend.pipeline.quantize import quantise_blocks
 from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.recipe_fits import check_recipe_fits
 from bitmend.pipeline.resume import Journal, check_partial, entry_of, finished_run, has_learned, remove_leftovers
 from bitmend.pipeline.transforming import Transforms
-from bitmend.protocols import ModelAdapter, Progress, RunReport, SilentProgress, TokenBatch
+from bitmend.protocols import Batch, ModelAdapter, Progress, RunReport, SilentProgress
 
-LONGEST_DEFAULT_SEQUENCE = 2048
 DEGRADED_SHARE = 0.05
 ACTIVATIONS = "activations"
 # transformers skips a format that it does not know: it warns, and fills the quantised layers with random numbers.
@@ -60,19 +57,19 @@ HOW_TO_LOAD = """This model was quantised with bitmend. Import bitmend before it
 quantised layers random:
 
     import bitmend
-    from transformers import AutoModelForCausalLM
+    from transformers import {loader}
 
-    model = AutoModelForCausalLM.from_pretrained("this folder")
+    model = {loader}.from_pretrained("this folder")
 
-`bitmend export --format compressed-tensors` writes a folder that loads without bitmend. What was done stands in recipe.toml
-and run.json; where each byte went, in ledger.json.
+{export}What was done stands in recipe.toml and run.json; where each byte went, in ledger.json.
 """
+EXPORT = "`bitmend export --format compressed-tensors` writes a folder that loads without bitmend. "
 
 
 def quantize(
     model: str | Path,
     recipe: str | Path | Recipe = "gptq",
-    calibration: Sequence[str | Path] | CalibrationSet = (),
+    calibration: Sequence[str | Path] | Rows = (),
     *,
     output: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -130,7 +127,7 @@ def quantize(
         remove_leftovers(target, fingerprint)
         progress.say(f"nothing to do: {target} is finished, and was made with the same request")
         return finished
-    batches = _batches(rows)
+    batches = batches_of(rows, adapter)
     ahead = _look_ahead(request, batch_shapes(batches), started, baseline, activations_on_disk, low_memory, resume)
     progress.say(ahead.line())
     if ahead.spilled:
@@ -149,7 +146,7 @@ def quantize(
         with _keeping_work(writer, journal):
             activations = writer.partial / ACTIVATIONS if ahead.facts.on_disk else None
             parts, forced = plan.build_transforms(), plan.forced_transforms()
-            transforms = Transforms(adapter, parts, trace_batch(), forced)
+            transforms = Transforms(adapter, parts, adapter.few_rows(), forced)
             entries, inputs, attentions = _write_blocks(
                 request, batches, report, progress, journal, activations, transforms, ahead.facts.keep_wide
             )
@@ -170,7 +167,7 @@ def quantize(
                 outputs=transforms.outputs,
                 attentions=attentions,
             )
-            documents = {"recipe.toml": plan.to_toml(), "README.md": HOW_TO_LOAD}
+            documents = {"recipe.toml": plan.to_toml(), "README.md": _how_to_load(adapter)}
             writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
     return report
 
@@ -178,7 +175,7 @@ def quantize(
 def plan(
     model: str | Path,
     recipe: str | Path | Recipe = "gptq",
-    calibration: Sequence[str | Path] | CalibrationSet = (),
+    calibration: Sequence[str | Path] | Rows = (),
     *,
     output: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -197,12 +194,11 @@ def plan(
     started, baseline = time.perf_counter(), Baseline.take()
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     request = _Request.check(model, asked, calibration, output, None, device, trust_remote_code, True, False, False)
-    wanted = request.recipe.calibration
     if calibration or not request.recipe.needs_rows:
         drawn = draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
-        shapes = batch_shapes(_batches(drawn))
+        shapes = batch_shapes(batches_of(drawn, request.adapter))
     else:
-        shapes = asked_batches(wanted.sequences, _row_length(request.recipe, request.adapter), wanted.held_out)
+        shapes = expected_batches(request.recipe, request.adapter)
     return _look_ahead(request, shapes, started, baseline, activations_on_disk, low_memory, resume=False)
 
 
@@ -230,7 +226,7 @@ def _look_ahead(
 
 def _write_blocks(
     request: "_Request",
-    batches: list[tuple[TokenBatch, bool]],
+    batches: list[tuple[Batch, bool]],
     report: RunReport,
     progress: Progress,
     journal: Journal,
@@ -310,7 +306,7 @@ def _keeping_work(writer: CheckpointWriter, journal: Journal) -> Iterator[None]:
 def check_request(
     model: str | Path,
     recipe: str | Path | Recipe,
-    calibration: Sequence[str | Path] | CalibrationSet,
+    calibration: Sequence[str | Path] | Rows,
     *,
     output: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -357,7 +353,7 @@ class _Request:
         cls,
         model: str | Path,
         recipe: str | Path | Recipe,
-        calibration: Sequence[str | Path] | CalibrationSet,
+        calibration: Sequence[str | Path] | Rows,
         output: str | Path | None,
         overrides: Mapping[str, Any] | None,
         device: str,
@@ -377,9 +373,10 @@ class _Request:
         if needs_rows and plan.needs_rows and not calibration:
             raise RequestError(
                 f"the recipe {plan.name!r} needs calibration data, but none came; "
-                "pass --calibration FILE (text, .jsonl, .npy)"
+                "pass --calibration FILE (text, .jsonl, .npy; for a model of pictures a folder of them, a .tar or .npz)"
             )
         adapter = find_adapter(folder, device=place, trust_remote_code=trust_remote_code)
+        plan = with_image_defaults(plan, adapter)
         check_recipe_fits(plan, adapter)
         check_ends(adapter, plan)
         return cls(plan, adapter, target, place)
@@ -426,64 +423,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def draw_calibration(
-    recipe: Recipe, adapter: ModelAdapter, sources: Sequence[str | Path] | CalibrationSet, progress: Progress
-) -> CalibrationSet | None:
-    """Return the rows that the recipe asks for, or None without sources; rows drawn before are taken as they are.
-
-    Raises:
-        RequestError: rows longer than the model's context.
-        CalibrationError: a source is missing, empty, too short or not what its name says.
-    """
-    if not sources:
-        return None
-    wanted = recipe.calibration
-    length = _row_length(recipe, adapter, sources if isinstance(sources, CalibrationSet) else None)
-    if isinstance(sources, CalibrationSet):
-        return sources
-    rows = load_calibration(
-        sources,
-        load_tokenizer(adapter.folder),
-        sequences=wanted.sequences,
-        sequence_length=length,
-        held_out=wanted.held_out,
-        seed=wanted.seed,
-    )
-    progress.say(
-        f"calibration: {len(rows)} sequences, {rows.num_tokens} tokens, {rows.num_held_out} sequences held out, "
-        f"sha256 {rows.fingerprint[:12]}"
-    )
-    return rows
-
-
-def _row_length(recipe: Recipe, adapter: ModelAdapter, rows: CalibrationSet | None = None) -> int:
-    """Return the tokens of a full row: of `rows`, or as the recipe asks."""
-    context = getattr(adapter.model.config, "max_position_embeddings", None)
-    context = context if isinstance(context, int) and context > 0 else LONGEST_DEFAULT_SEQUENCE
-    in_front = 0 if recipe.prefix is None else recipe.prefix.most_tokens
-    if in_front >= context:
-        raise RequestError(
-            f"a prefix of {in_front} tokens leaves nothing of the model's context of {context} tokens; name fewer in "
-            "prefix.tokens, or lower prefix.max_tokens"
-        )
-    context -= in_front
-    length = recipe.calibration.sequence_length or min(LONGEST_DEFAULT_SEQUENCE, context)
-    if rows is not None:
-        length = max(row.numel() for row in rows.rows)
-    if length > context:
-        behind = f", of which a prefix may take {in_front}" if in_front else ""
-        raise RequestError(
-            f"sequence_length must be at most the model's context of {context + in_front} tokens{behind}; got {length}"
-        )
-    return length
-
-
-def _batches(rows: CalibrationSet | None) -> list[tuple[TokenBatch, bool]]:
-    if rows is None:
-        return []
-    size = max(1, TOKENS_PER_BATCH // max(row.numel() for row in rows.rows))
-    splits = rows.split_of_batch(size)
-    return [(batch, split is Split.HELD_OUT) for batch, split in zip(rows.batches(size), splits, strict=True)]
+def _how_to_load(adapter: ModelAdapter) -> str:
+    tokens = adapter.reads == "tokens"
+    return HOW_TO_LOAD.format(loader=CAUSAL_LM if tokens else IMAGE_CLASSIFIER, export=EXPORT if tokens else "")
 
 
 def _provenance(report: RunReport) -> dict[str, Any]:

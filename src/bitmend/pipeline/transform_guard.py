@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+from bitmend.calibrate.dual_stream import added_by
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.pipeline.per_site import finite_weight
-from bitmend.protocols import BlockInputs, ModelAdapter, Problem, TokenBatch
+from bitmend.protocols import Batch, BlockInputs, ModelAdapter, Problem
 from bitmend.sites import Block, LinearSite
 from bitmend.solvers.rtn import Rtn
 
@@ -28,7 +29,7 @@ class TransformGuard:
         adapter: ModelAdapter,
         scheme: Callable[[LinearSite], QuantSpec | None],
         rounding: Callable[[Block], AbstractContextManager[None]],
-        batches: Sequence[tuple[TokenBatch, bool]],
+        batches: Sequence[tuple[Batch, bool]],
         device: torch.device,
     ) -> None:
         """Prepare.
@@ -46,7 +47,7 @@ class TransformGuard:
         for position, (tokens, held_out) in enumerate(batches):
             if held_out and rows < GUARD_ROWS:
                 self.positions.append(position)
-                rows += len(tokens.ids)
+                rows += tokens.num_rows
         self._batches = [batches[position][0] for position in self.positions]
 
     def embedded(self) -> tuple[list[Tensor], list[BlockInputs]]:
@@ -59,7 +60,7 @@ class TransformGuard:
         found = []
         for one, arguments, tokens in zip(hidden, inputs, self._batches, strict=True):
             values = one.to(self._device)
-            change = self._adapter.run_block(block.index, values, arguments) - values
+            change = added_by(self._adapter.run_block(block.index, values, arguments), values)
             found.append(change if tokens.mask is None else change * tokens.mask.to(change).unsqueeze(-1))
         return found
 

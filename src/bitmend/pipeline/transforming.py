@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bitmend.calibrate.dual_stream import DualStream
+from bitmend.calibrate.dual_stream import DualStream, added_by
 from bitmend.errors import ModelError, NumericsError, RecipeError
 from bitmend.linalg.learned_rotation import AnyRotation, StreamRotation
 from bitmend.online import InputScheme, attach_input, attach_output
@@ -21,13 +21,13 @@ from bitmend.pipeline.per_site import finite_weight
 from bitmend.pipeline.transform_guard import TransformGuard
 from bitmend.protocols import (
     TRANSFORMS,
+    Batch,
     BlockInputs,
     Calibrated,
     Event,
     LearningTransform,
     ModelAdapter,
     ModelTransform,
-    TokenBatch,
     Transform,
     Transformed,
     TransformReport,
@@ -67,7 +67,7 @@ class Transforms:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, parts: Sequence[Transform], batch: TokenBatch, forced: Sequence[bool] | None = None
+        self, adapter: ModelAdapter, parts: Sequence[Transform], batch: Batch, forced: Sequence[bool] | None = None
     ) -> None:
         """Prepare; nothing is changed yet.
 
@@ -187,14 +187,15 @@ class Transforms:
         if not self._parts:
             return found
         refuse_weights_not_finite(block)
-        given = self._adapter.block_inputs(self._batch)
+        rows, places = self._batch.num_rows, self._batch.num_places
+        sample, given = self._adapter.sample_inputs(block.index, rows, places // rows)
         wiring = self._adapter.wiring_of(block, self._batch)
-        hidden = small_numbers_like(given.hidden)
+        hidden = small_numbers_like(sample)
         # The streams are rotated from the embedding on, the block only once it is its turn.
         turn = None if self._rotation is None else self._rotation.inverse
 
         def added(hidden: Tensor) -> Tensor:
-            return self._adapter.run_block(block.index, hidden, given) - hidden
+            return added_by(self._adapter.run_block(block.index, hidden, given), hidden)
 
         for part, forced in self._parts:
             before = added(hidden)
@@ -300,8 +301,8 @@ class _Turned:
     def largest_inputs(self, block: Block, paths: Sequence[str]) -> dict[str, Tensor]:
         return self._streams.largest_inputs(block, paths, self._turn.apply)
 
-    def some_inputs(self, block: Block, paths: Sequence[str], count: int) -> dict[str, Tensor]:
-        return self._streams.some_inputs(block, paths, count, self._turn.apply)
+    def some_inputs(self, block: Block, paths: Sequence[str], count: int, *, evenly: bool = False) -> dict[str, Tensor]:
+        return self._streams.some_inputs(block, paths, count, self._turn.apply, evenly=evenly)
 
 
 def _turned(streams: Calibrated | None, turn: StreamRotation | None) -> Calibrated | None:

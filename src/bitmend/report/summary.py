@@ -48,7 +48,9 @@ def _proof_line(proved: list[SiteReport]) -> str:
 
 
 def evaluation_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of an evaluation, one row for each model and text."""
+    """Return header and rows of an evaluation, one row for each model and text, or set of pictures."""
+    if any(model.images for model in report.models):
+        return _picture_rows(report)
     header = ["model", "text", "windows", "perplexity"]
     compared = report.reference is not None
     if compared:
@@ -68,6 +70,35 @@ def evaluation_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]
                 row += [number(text.kl), number(text.kl_standard_error, 2), number(text.top1_agreement)]
             rows.append(row)
     return header, rows
+
+
+def _picture_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
+    header = ["model", "pictures", "count", "top-1 (%)", "95 % interval", "top-5 (%)"]
+    compared = report.reference is not None
+    rows = []
+    if compared:
+        header += ["KL (nats)", "+-", "top-1 agreement"]
+        for images in report.models[0].images:
+            name = _last_part(images.path)
+            row = [f"{report.reference} (reference)", name, str(images.count), _percent(images.reference_top1), "", ""]
+            rows.append([*row, "0", "-", "1"])
+    for model in report.models:
+        for images in model.images:
+            row = [model.model, _last_part(images.path), str(images.count), _percent(images.top1)]
+            between = "" if images.top1 is None else f"{_percent(images.top1_low)} to {_percent(images.top1_high)}"
+            row += [between, _percent(images.top5)]
+            if compared:
+                row += [number(images.kl), number(images.kl_standard_error, 2), number(images.top1_agreement)]
+            rows.append(row)
+    return header, rows
+
+
+def _last_part(path: str) -> str:
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
 
 
 def ledger_rows(account: Ledger) -> tuple[list[str], list[list[str]]]:

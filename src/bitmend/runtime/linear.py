@@ -1,4 +1,7 @@
-"""A linear layer whose weight stays packed in memory; also stands for GPT-2's transposed `Conv1D`."""
+"""A linear layer whose weight stays packed in memory, and what it shares with other packed layers.
+
+`QuantLinear` also stands for GPT-2's transposed `Conv1D`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +15,8 @@ from bitmend.runtime.dispatch import linear_kernel
 from bitmend.runtime.packed import SCALE, PackedWeight, fill_packed_, pack, packed_of, register_packed
 
 
-class QuantLinear(nn.Module):
-    """`y = x W^T + b` with a packed W of shape (out, in).
-
-    The constructor makes uninitialised buffers, to be filled by a loader; `from_qtensor` makes a finished layer.
+class QuantLayer(nn.Module):
+    """A layer with a packed weight and a bias; what it computes is for the subclass to say.
 
     Attributes:
         weight_packed: the codes, int32 (out, ceil(in * bits / 32)).
@@ -23,6 +24,64 @@ class QuantLinear(nn.Module):
         weight_zero_point: packed zero points, int32 (ceil(rows * bits / 32), groups); asymmetric grids only.
         bias: (out,) or None.
         spec: how to read the weight.
+        shape: (out, in), of the weight as a matrix.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        spec: QuantSpec,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.spec = shape, spec
+        device = None if device is None else torch.device(device)
+        register_packed(self, shape, spec, device)
+        register_model_dtype(self, dtype, device)
+        # The bias is a parameter, not a buffer, so that a model without norms still has one that tells its dtype.
+        self.bias = (
+            nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+
+    def hold_(self, qtensor: QTensor, bias: Float[Tensor, " out"] | None, dtype: torch.dtype | None) -> None:
+        """Put a weight, packed, and a bias in place of what the constructor made.
+
+        Args:
+            qtensor: the weight.
+            bias: used as it is, not copied.
+            dtype: of the model.
+
+        Raises:
+            RequestError: scales that their storage type cannot hold exactly, or zero points outside the grid.
+        """
+        fill_packed_(self, pack(qtensor))
+        register_model_dtype(self, dtype, None)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, as a view of the buffers."""
+        return packed_of(self, self.shape, self.spec)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """Return the weight as a plain matrix."""
+        return self.packed.dequantize(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return apply_keeping_scale(self, super()._apply, fn, recurse)
+
+
+class QuantLinear(QuantLayer):
+    """`y = x W^T + b` with a packed W of shape (out, in).
+
+    The constructor makes uninitialised buffers, to be filled by a loader; `from_qtensor` makes a finished layer.
+
+    Attributes:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
     """
 
     def __init__(
@@ -35,35 +94,16 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        device = None if device is None else torch.device(device)
-        register_packed(self, self.shape, spec, device)
-        register_model_dtype(self, dtype, device)
-        # The bias is a parameter, not a buffer, so that a model without norms still has one that tells its dtype.
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
+        super().__init__((out_features, in_features), spec, bias=bias, dtype=dtype, device=device)
+        self.in_features, self.out_features = in_features, out_features
 
     @classmethod
     def from_qtensor(cls, qtensor: QTensor, bias: Float[Tensor, " out"] | None = None) -> "QuantLinear":
         """Return a layer that holds `qtensor`, packed."""
         out_features, in_features = qtensor.codes.shape
         layer = cls(in_features, out_features, qtensor.spec, device="meta")
-        fill_packed_(layer, pack(qtensor))
-        register_model_dtype(layer, None if bias is None else bias.dtype, None)
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer.hold_(qtensor, bias, None if bias is None else bias.dtype)
         return layer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.out_features, self.in_features
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight, as a view of the buffers."""
-        return packed_of(self, self.shape, self.spec)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -75,16 +115,9 @@ class QuantLinear(nn.Module):
         packed = self.packed
         return linear_kernel(packed.words.device, self.spec)(inputs, packed, self.bias)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """Return the weight as a plain matrix."""
-        return self.packed.dequantize(dtype)
-
     def extra_repr(self) -> str:
         sides = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sides}, {self.spec}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return apply_keeping_scale(self, super()._apply, fn, recurse)
 
 
 def register_model_dtype(module: nn.Module, dtype: torch.dtype | None, device: torch.device | None) -> None:

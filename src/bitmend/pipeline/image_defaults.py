@@ -1,0 +1,28 @@
+"""What a recipe leaves open and models of pictures want otherwise than language models.
+
+As is usual in that field (QwT, RepQ-ViT's copy in it, BRECQ), the layer that reads the pictures and the head have 8 bits,
+weights and inputs; and weights share one scale for each output channel, because widths such as 192 or 27 have no 128 in them.
+"""
+
+from bitmend.pipeline.recipe import EndSection, OverrideSection, Recipe
+from bitmend.protocols import ModelAdapter
+
+BITS_OF_ENDS = 8
+
+
+def with_image_defaults(recipe: Recipe, adapter: ModelAdapter) -> Recipe:
+    """Return the recipe as it is meant for a model of pictures; that of any other model as it is.
+
+    Every key that the recipe sets itself stays.
+    """
+    if adapter.reads != "pictures" or adapter.first_layer is None:
+        return recipe
+    changes: dict[str, object] = {}
+    if "group_size" not in recipe.weights.model_fields_set:
+        changes["weights"] = recipe.weights.model_copy(update={"group_size": -1})
+    if "head" not in recipe.model_fields_set:
+        changes["head"] = EndSection(bits=BITS_OF_ENDS)
+    if not any(override.matches(adapter.first_layer) for override in recipe.overrides):
+        first = OverrideSection(targets=[adapter.first_layer], bits=BITS_OF_ENDS, activation_bits=BITS_OF_ENDS)
+        changes["overrides"] = [first, *recipe.overrides]
+    return recipe.model_copy(update=changes)
