@@ -22,7 +22,6 @@ from scipy import stats
 import bitmend
 from bitmend import assets
 from bitmend.models.cifar_resnet import convert
-from bitmend.report.terminal import TerminalProgress
 
 NETWORKS = ("resnet20", "resnet32")
 PRECISIONS = {"8/8": (8, 8), "6/6": (6, 6), "4/4": (4, 4), "3/3": (3, 3), "2/4": (2, 4)}
@@ -128,7 +127,6 @@ def run(options, model, method, precision, draw):
         [archive("calibration-1024")],
         output=output,
         overwrite=True,
-        progress=TerminalProgress(quiet=True),
     )
     seconds = time.perf_counter() - started
     scored = bitmend.evaluate(

@@ -225,7 +225,7 @@ def test_gptq_of_a_convolution_is_gptq_of_its_patches(run, resnet, tmp_path, pic
     names = list(sites_of(report))
     weight = dense.get_submodule(names[1]).weight.detach().flatten(1)
     recipe = with_image_defaults(
-        load_recipe("gptq", {"weights.bits": 3, "weights.observer": "minmax"}), find_adapter(resnet)
+        load_recipe("gptq", {"weights.bits": 3, "weights.observer": "minmax"}), find_adapter(resnet).first_layer
     )
     spec = recipe.scheme(names[1], torch.float32)
     expected = Gptq().solve(Problem(LinearSite("x", "x", "conv2d", (4, 36)), weight, spec, sums.means())).qtensor

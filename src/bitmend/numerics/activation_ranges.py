@@ -29,7 +29,7 @@ from bitmend.numerics.twin_uniform import LARGEST_SPLIT_EXPONENT, TwinGeluSpec, 
 AnyRounding = ActivationSpec | LogSqrt2Spec | TwinSoftmaxSpec | TwinGeluSpec  # of activations, while a model runs
 SpecT = TypeVar("SpecT", bound=AnyRounding)
 
-SAMPLE_LIMIT = 1 << 20  # values
+SAMPLE_LIMIT = 1 << 18  # values: a few lie beyond the largest of `QUANTILES`
 # Whole strides share factors with the widths of layers, and would meet the same features of every token. Twice an irrational
 # stride is one, too.
 FIRST_STRIDE = math.sqrt(5)

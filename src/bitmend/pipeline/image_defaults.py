@@ -5,24 +5,27 @@ weights and inputs; and weights share one scale for each output channel, because
 """
 
 from bitmend.pipeline.recipe import EndSection, OverrideSection, Recipe
-from bitmend.protocols import ModelAdapter
 
 BITS_OF_ENDS = 8
 
 
-def with_image_defaults(recipe: Recipe, adapter: ModelAdapter) -> Recipe:
+def with_image_defaults(recipe: Recipe, first_layer: str | None) -> Recipe:
     """Return the recipe as it is meant for a model of pictures; that of any other model as it is.
 
     Every key that the recipe sets itself stays.
+
+    Args:
+        recipe: as it was asked for.
+        first_layer: path of the layer that reads the pictures; None: the model reads none.
     """
-    if adapter.reads != "pictures" or adapter.first_layer is None:
+    if first_layer is None:
         return recipe
     changes: dict[str, object] = {}
     if "group_size" not in recipe.weights.model_fields_set:
         changes["weights"] = recipe.weights.model_copy(update={"group_size": -1})
     if "head" not in recipe.model_fields_set:
         changes["head"] = EndSection(bits=BITS_OF_ENDS)
-    if not any(override.matches(adapter.first_layer) for override in recipe.overrides):
-        first = OverrideSection(targets=[adapter.first_layer], bits=BITS_OF_ENDS, activation_bits=BITS_OF_ENDS)
+    if not any(override.matches(first_layer) for override in recipe.overrides):
+        first = OverrideSection(targets=[first_layer], bits=BITS_OF_ENDS, activation_bits=BITS_OF_ENDS)
         changes["overrides"] = [first, *recipe.overrides]
     return recipe.model_copy(update=changes)

@@ -376,7 +376,7 @@ class _Request:
                 "pass --calibration FILE (text, .jsonl, .npy; for a model of pictures a folder of them, a .tar or .npz)"
             )
         adapter = find_adapter(folder, device=place, trust_remote_code=trust_remote_code)
-        plan = with_image_defaults(plan, adapter)
+        plan = with_image_defaults(plan, adapter.first_layer)
         check_recipe_fits(plan, adapter)
         check_ends(adapter, plan)
         return cls(plan, adapter, target, place)
