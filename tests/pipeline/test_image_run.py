@@ -338,3 +338,17 @@ def test_the_defaults_can_be_set(vit, run):
     assert recipe["weights"]["group_size"] == 8
     assert recipe["head"]["bits"] == 4
     assert "6 bit" in sites_of(report)["vit.embeddings.patch_embeddings.projection"].spec
+
+
+def test_what_is_for_language_models_is_refused_in_one_sentence(vit, pictures, tiny_text, run, tmp_path):
+    from bitmend.comparison import compare
+    from bitmend.evaluate.generation import generate_text
+    from bitmend.formats.compressed_tensors import CompressedTensors
+
+    with pytest.raises(RequestError, match="only language models continue a text"):
+        generate_text(vit, "a prompt", tokens=2, temperature=0.0, seed=0, device=torch.device("cpu"))
+    with pytest.raises(RequestError, match="a comparison scores models on texts, and the model reads pictures"):
+        compare(vit, ["rtn"], [pictures], texts=[tiny_text], output=tmp_path / "compared")
+    run(vit, "rtn")
+    with pytest.raises(bitmend.errors.QuantizationError):
+        CompressedTensors().export(tmp_path / "out", tmp_path / "exported")

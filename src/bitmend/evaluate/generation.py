@@ -24,7 +24,7 @@ def generate_text(
         device: where the network runs.
 
     Raises:
-        RequestError: an empty prompt, or more tokens than the model's context holds.
+        RequestError: an empty prompt, more tokens than the model's context holds, or a model that reads none.
         ModelError, CheckpointError: the model cannot be loaded.
     """
     if not prompt:
@@ -32,6 +32,8 @@ def generate_text(
             "generate needs a prompt of at least one character, but an empty one came; pass --prompt TEXT"
         )
     loaded = load_model(model, device, torch.float32)
+    if loaded.reads != "tokens":
+        raise RequestError(f"{model} reads pictures, and only language models continue a text; give one of them")
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
