@@ -495,6 +495,7 @@ class ModelAdapter(Protocol):
     head_names: tuple[str, ...]  # linear layers behind the last block; none when the head is tied to the embedding
     reads: Literal["tokens", "pictures"]
     first_layer: str | None  # of models that read pictures: the path of the layer that runs first
+    idle: tuple[str, ...]  # layers outside the blocks that never run
     row_length: int | None  # places of a row where all rows have as many; None: any number of tokens
 
     def reopened(self, dtype: torch.dtype) -> "ModelAdapter":

@@ -159,3 +159,35 @@ def test_a_module_that_ran_not_is_idle_and_pictures_have_rows():
 def test_pictures_that_the_model_cannot_read():
     with pytest.raises(ModelError, match=r"Network could not be followed on pictures of \(4, 8, 8\)"):
         chain_of(Network, (4, 8, 8))
+
+
+class Counting(Network):
+    """A block that is told how many pictures there are."""
+
+    def forward(self, pixels):
+        hidden = self.down(self.first(self.stem(pixels)))
+        return self.head(self.norm(self.second[0](hidden, scale=float(len(pixels)))).mean((2, 3)))
+
+
+def test_arguments_that_depend_on_the_number_of_pictures_are_refused():
+    with pytest.raises(ModelError, match=r"second\.0 is called with, or returns, \['2\.0'\] for 2 pictures"):
+        chain_of(Counting)
+
+
+class Twice(Network):
+    """A layer beside the blocks that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(6, 6)
+
+    def forward(self, pixels):
+        hidden = self.down(self.first(self.stem(pixels)))
+        hidden = self.norm(self.second[0](hidden)).mean((2, 3))
+        return self.head(self.gate(self.gate(hidden)))
+
+
+def test_a_layer_that_runs_twice_behind_the_blocks_is_no_idle_one():
+    chain = chain_of(Twice)
+    assert chain.elsewhere == ("gate",)
+    assert chain.idle == ()

@@ -21,11 +21,13 @@ def test_ends_have_eight_bits_and_weights_one_scale_a_channel():
 
 def test_what_the_recipe_says_stays():
     first = [{"targets": ["stem.conv"], "bits": 5}]
-    recipe = resolved({"weights.group_size": 64, "head.bits": 4, "head.activation_bits": 6, "overrides": first})
+    keys = {"weights.group_size": 64, "activations.bits": 4, "head.bits": 4, "head.activation_bits": 6}
+    recipe = resolved(keys | {"overrides": first})
     assert recipe.weights.group_size == 64
     assert recipe.head.bits == 4
     assert recipe.scheme("stem.conv", torch.float32).grid.bits == 5
-    assert [override.bits for override in recipe.overrides] == [5]
+    assert recipe.activation_spec("stem.conv").bits == 8
+    assert [override.bits for override in recipe.overrides] == [8, 5]
     spec = resolved({"head.bits": 4, "head.activation_bits": 6, "activations.bits": 3}).head_activation_spec()
     assert spec.bits == 6
 

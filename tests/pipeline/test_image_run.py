@@ -292,6 +292,9 @@ def test_the_plan_counts_pictures(vit, pictures):
         ({"kv_cache.bits": 4, "attention.key_bits": 4, "attention.static": True}, "give one of them"),
         ({"attention.key_bits": 4}, "attention.key_bits needs static ranges"),
         ({"activations.observer": "mse"}, "set activations.static = true"),
+        ({"activations.static": True, "activations.after_gelu": "twin"}, "after_gelu needs an observer"),
+        ({"head.activation_bits": 4}, "activation_bits are for recipes that round activations"),
+        ({"embedding.activation_bits": 4}, "an embedding reads no activations"),
         ({"activations.static": True, "activations.symmetric": False}, "need an observer"),
     ],
 )
@@ -307,6 +310,11 @@ def test_keys_that_do_not_go_together_are_refused(keys, sentence):
         ({"prefix.tokens": [1]}, "a prefix are tokens in front of a text"),
         ({"calibration.sequence_length": 8}, "pictures have no sequence_length"),
         ({"transforms": [{"name": "quarot"}]}, "transform"),
+        ({"activations.bits": 4}, "is a convolution, whose input needs one range for all"),
+        (
+            STATIC | {"overrides": [{"targets": ["vit.layers.0.attention.q_proj"], "activation_bits": 8}]},
+            "give them the same activation_bits",
+        ),
     ],
 )
 def test_what_is_for_texts_is_refused(keys, sentence, run, vit):
@@ -352,3 +360,25 @@ def test_what_is_for_language_models_is_refused_in_one_sentence(vit, pictures, t
     run(vit, "rtn")
     with pytest.raises(bitmend.errors.QuantizationError):
         CompressedTensors().export(tmp_path / "out", tmp_path / "exported")
+
+
+def test_a_convolution_that_reads_nothing_is_not_rounded(resnet, run, tmp_path):
+    """A dead ReLU: the layer behind it reads zeros, so that there is no range to be found."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(resnet)
+    with torch.no_grad():
+        norm = model.stages[0][0].norm1
+        norm.weight.zero_()
+        norm.bias.fill_(-1.0)
+    source = save(model, tmp_path / "dead", 8)
+    report = run(source, keys={"weights.bits": 4, **STATIC})
+    assert [event.where for event in report.events if event.kind == "no_range"] == ["stages.0.0.conv2"]
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert "stages.0.0.conv2" not in loaded.config.quantization_config.manifest.inputs
+
+
+def test_a_reference_of_other_classes_is_refused(vit, pictures, tmp_path):
+    model = transformers.AutoModelForImageClassification.from_pretrained(vit)
+    model.config.id2label = {0: "dog", 1: "cat", 2: "fish"}
+    other = save(model, tmp_path / "other", 8)
+    with pytest.raises(RequestError, match="in the same order"):
+        bitmend.evaluate([other], images=[pictures], reference=vit)

@@ -130,10 +130,10 @@ def _score_on_pictures(
     dtype: torch.dtype,
 ) -> EvaluationReport:
     answers: list[Float[Tensor, "image label"] | None] = [None] * len(settings.images)
-    name = None
+    name, classes = None, None
     if reference is not None:
         asked = _loaded(reference, device, dtype, "pictures")
-        name = asked.name
+        name, classes = asked.name, labels_of(asked)
         for place, path in enumerate(settings.images):
             found = _labelled(asked, path)
             label = f"{asked.name} (reference) on {path}"
@@ -144,6 +144,11 @@ def _score_on_pictures(
     results = []
     for source in models:
         model = _loaded(source, device, dtype, "pictures")
+        if classes is not None and labels_of(model) != classes:
+            raise RequestError(
+                f"{model.name}: the classes of the reference {name} are required, in the same order, but its own differ; "
+                "compare a model with the one it was made from"
+            )
         scored = [
             score_pictures(
                 model,

@@ -33,6 +33,8 @@ def run_on_pictures(model: LoadedModel, batch: ImageBatch) -> Float[Tensor, "ima
     try:
         with torch.no_grad(), FastLinear():
             logits: Tensor = network(pixel_values=batch.pixels.to(network.device, network.dtype)).logits
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(

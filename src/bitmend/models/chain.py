@@ -107,8 +107,8 @@ def find_chain(model: nn.Module, shape: tuple[int, ...], run: Callable[[Tensor],
         ModelError: the model cannot run on meta, or there is no chain that holds layers.
     """
     passes = [_watch(model, torch.empty(rows, *shape, dtype=dtype, device="meta"), run) for rows in ROWS]
-    calls, _ = passes[0]
-    taken = [path for call in _follow(calls, "", passes[0][1]) for path in _inside(model, calls, call)]
+    calls, start, counts = passes[0]
+    taken = [path for call in _follow(calls, "", start) for path in _inside(model, calls, call)]
     while len(taken) > 1 and _is_behind_the_blocks(model.get_submodule(taken[-1])):
         taken.pop()
     if not taken:
@@ -124,20 +124,21 @@ def find_chain(model: nn.Module, shape: tuple[int, ...], run: Callable[[Tensor],
     inside = tuple(f"{path}." for path in taken)
     layers = [path for path, part in model.named_modules() if layer_kind(part) is not None]
     outside = [path for path in layers if path not in taken and not path.startswith(inside)]
-    ran = [path for path in outside if path in by_path]
-    heads = tuple(sorted((path for path in ran if order.index(path) > last), key=order.index))
+    ran = [path for path in outside if path in counts]
+    behind = sorted((path for path in ran if path in by_path and order.index(path) > last), key=order.index)
+    heads = tuple(path for path in behind if isinstance(model.get_submodule(path), nn.Linear))
     first = next(path for path in order if path in layers)  # they stand in the order in which they end
-    return Chain(
-        links,
-        first,
-        tuple(path for path in heads if isinstance(model.get_submodule(path), nn.Linear)),
-        tuple(path for path in ran if path not in heads or not isinstance(model.get_submodule(path), nn.Linear)),
-        tuple(path for path in outside if path not in by_path),
-    )
+    idle = tuple(path for path in outside if path not in counts)
+    return Chain(links, first, heads, tuple(path for path in ran if path not in heads), idle)
 
 
-def _watch(model: nn.Module, pixels: Tensor, run: Callable[[Tensor], Any]) -> tuple[list[_Call], Identity]:
-    """Return the calls of all modules that are called once with a tensor, in the order in which they end."""
+def _watch(
+    model: nn.Module, pixels: Tensor, run: Callable[[Tensor], Any]
+) -> tuple[list[_Call], Identity, dict[str, int]]:
+    """Return the calls of all modules that are called once with a tensor, in the order in which they end.
+
+    Also the identity of the pictures, and how often each module was called.
+    """
     calls: list[_Call] = []
     counts: dict[str, int] = {}
     alive: list[Any] = [pixels]  # so that no memory is used twice
@@ -160,7 +161,7 @@ def _watch(model: nn.Module, pixels: Tensor, run: Callable[[Tensor], Any]) -> tu
                 "own"
             ) from error
     once = [call for call in calls if counts[call.path] == 1 and call.returned is not None]
-    return once, identity(pixels)
+    return once, identity(pixels), counts
 
 
 @contextmanager
@@ -258,6 +259,12 @@ def _link(call: _Call, again: _Call) -> ChainLink:
     place = next(position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     kept = tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, leaves)
     other = tree_leaves(again.output)[place]
+    for one, two in ((call.arguments, again.arguments), (call.output, again.output)):
+        if _plain(one) != _plain(two):
+            raise ModelError(
+                f"{call.path} is called with, or returns, {_plain(one)} for {ROWS[0]} pictures and {_plain(two)} for "
+                f"{ROWS[1]}, need the same for any number; this architecture needs an adapter of its own"
+            )
     assert call.hidden is not None
     assert again.hidden is not None
     return ChainLink(
@@ -269,6 +276,11 @@ def _link(call: _Call, again: _Call) -> ChainLink:
         tuple(kept),
         place,
     )
+
+
+def _plain(value: Any) -> list[str]:
+    """Return what is no tensor in nested values, in words."""
+    return [repr(leaf) for leaf in tree_leaves(value) if not isinstance(leaf, Tensor)]
 
 
 def _of_one(path: str, first: Tensor, second: Tensor) -> tuple[int, ...]:

@@ -65,6 +65,7 @@ class HfCausalLm(HfBlocks):
 
     reads: ClassVar[Literal["tokens", "pictures"]] = "tokens"
     first_layer: ClassVar[None] = None
+    idle: ClassVar[tuple[str, ...]] = ()
     row_length: ClassVar[None] = None
 
     @classmethod

@@ -25,7 +25,7 @@ from bitmend.models.bounds import stored
 from bitmend.models.chain import Chain, find_chain
 from bitmend.models.detour import detour
 from bitmend.models.hf_blocks import HfBlocks, own_dtype
-from bitmend.models.image_processor import channels_of
+from bitmend.models.image_processor import COMBINED_FILE, PROCESSOR_FILE, channels_of, load_processor
 from bitmend.models.loading import IMAGE_CLASSIFIER, empty_model, read_config
 from bitmend.models.shards import ShardedWeights
 from bitmend.models.tensor_source import TensorSource, buffers_to, outside
@@ -69,7 +69,7 @@ class HfImage(HfBlocks):
         super().__init__(model, folder, config, source)
         self._twin = twin
         self._chains: dict[tuple[int, ...], Chain] = {}
-        self.image_shape = _image_shape(config)
+        self.image_shape = _image_shape(config, folder)
         chain = self.chain(self.image_shape)
         self._refuse_elsewhere(chain)
         self.block_names = tuple(link.name for link in chain.links)
@@ -268,9 +268,16 @@ class HfImage(HfBlocks):
             )
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the pictures that a config speaks of, or those usual in this field."""
-    size = getattr(config, "image_size", None)
+def _image_shape(config: Any, folder: Path) -> tuple[int, int, int]:
+    """Return (channels, height, width) of what the model's processor gives, or its config speaks of, or is usual.
+
+    Some models keep what they are called with once (Swin its shift), so that even noise has to have the size of the pictures.
+    """
+    if any((folder / name).is_file() for name in (PROCESSOR_FILE, COMBINED_FILE)):
+        shape = load_processor(folder, channels_of(config)).size
+        if shape is not None:
+            return shape
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
     height, width = (USUAL_SIZE, USUAL_SIZE)
     if isinstance(size, int) and size > 0:
         height = width = size

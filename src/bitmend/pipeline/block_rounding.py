@@ -41,6 +41,7 @@ PATIENCE = 2  # ratios in a row that are worse, before a search ends
 HELD = ("keys", "values")
 OPERANDS = ("queries", "keys", "values", "probabilities")
 DEFAULT_OBSERVER: ObserverName = "percentile"  # of what attention multiplies
+GELU_REACHED = 0.12  # below zero: some of many values come near GELU's smallest
 GELU_SLACK = 0.001  # how far below the smallest value of GELU the rounding of a 16-bit type may bring it
 
 
@@ -199,6 +200,8 @@ class BlockRounding:
     def _is_searched(self, quantiser: _Quantiser) -> bool:
         if quantiser.operand is not None and quantiser.operand not in HELD:
             return False
+        if not isinstance(self.spec_of(quantiser), ActivationSpec):
+            return False
         section = self._recipe.activations if quantiser.operand is None else self._recipe.kv_cache
         return section is not None and section.clip_ratio == SEARCH
 
@@ -257,7 +260,7 @@ class BlockRounding:
                 self.set_(quantiser, replace(self._uniform_of(quantiser), ranges=tuple(largest.tolist())))
                 continue
             # A range of zero would make zeros of whatever comes later.
-            self.set_(quantiser, replace(self._uniform_of(quantiser), ranges=None))
+            self._without_range_(block, quantiser)
             what = "no calibration token reaches it" if largest is None else "it was zero on all calibration tokens"
             events += _no_range(block, quantiser, what)
         return events
@@ -291,16 +294,25 @@ class BlockRounding:
             if chosen is not None:
                 self.set_(quantiser, chosen)
                 continue
-            self.set_(quantiser, ActivationSpec(spec.bits))
+            self._without_range_(block, quantiser)
             what = "nothing came by" if sample.count == 0 else "it was zero on all calibration rows"
             events += _no_range(block, quantiser, what)
         return events
+
+    def _without_range_(self, block: Block, quantiser: _Quantiser) -> None:
+        """Give each token a scale of its own; round nothing in front of a convolution, whose input has no tokens."""
+        views = {site.path: site.view for site in block.sites}
+        if all(path in views and not views[path].features_last for path in quantiser.paths):
+            for path in quantiser.paths:
+                del self.inputs[path]
+            return
+        self.set_(quantiser, ActivationSpec(self.spec_of(quantiser).bits))
 
     def _made_by_gelu(self, sample: RangeSample) -> bool:
         section = self._recipe.activations
         if section is None or section.after_gelu is None:
             return False
-        return -GELU_DEPTH - GELU_SLACK <= sample.lowest < 0 < sample.highest
+        return -GELU_DEPTH - GELU_SLACK <= sample.lowest < -GELU_REACHED < 0 < sample.highest
 
     @contextmanager
     def _recording(self, block: Block, samples: Mapping[_Quantiser, RangeSample]) -> Iterator[None]:
@@ -367,7 +379,7 @@ def _no_range(block: Block, quantiser: _Quantiser, what: str) -> list[Event]:
     events = []
     for path in quantiser.paths:
         where = f"{block.name}.{path}" + (f".{quantiser.operand}" if quantiser.operand else "")
-        message = f"{what}, so each token gets a scale of its own"
+        message = f"{what}, so each token gets a scale of its own (none in front of a convolution)"
         events.append(Event("no_range", where, message, degrades=not idle))
     return events
 

@@ -25,7 +25,7 @@ def with_image_defaults(recipe: Recipe, first_layer: str | None) -> Recipe:
         changes["weights"] = recipe.weights.model_copy(update={"group_size": -1})
     if "head" not in recipe.model_fields_set:
         changes["head"] = EndSection(bits=BITS_OF_ENDS)
-    if not any(override.matches(first_layer) for override in recipe.overrides):
-        first = OverrideSection(targets=[first_layer], bits=BITS_OF_ENDS, activation_bits=BITS_OF_ENDS)
-        changes["overrides"] = [first, *recipe.overrides]
+    rounded = None if recipe.activations is None else BITS_OF_ENDS
+    first = OverrideSection(targets=[first_layer], bits=BITS_OF_ENDS, activation_bits=rounded)
+    changes["overrides"] = [first, *recipe.overrides]  # later ones win, key by key
     return recipe.model_copy(update=changes)

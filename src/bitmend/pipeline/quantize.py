@@ -25,6 +25,8 @@ from bitmend.pipeline.transforming import BlockTransforms, Transforms
 from bitmend.protocols import Batch, BlockReport, Event, ModelAdapter, Progress, RunReport
 from bitmend.sites import Block
 
+UNREAD = "the layer never ran, so nothing is known of its input; not quantised"
+
 
 def quantise_blocks(
     adapter: ModelAdapter,
@@ -146,6 +148,7 @@ class _Loop:
 
     def begin_(self, batches: Sequence[tuple[Batch, bool]], progress: Progress, directory: Path | None) -> None:
         """Choose the tokens that stand in front of every text, then transform what lies around the blocks."""
+        self.report.events += [Event("unread", path, UNREAD, True) for path in self.adapter.idle]
         if self.recipe.prefix is not None:
             with self.timed("prefix"):
                 tokens, event = choose_prefix(
@@ -324,7 +327,7 @@ def _unread_events(block: Block) -> list[Event]:
         Event(
             "unread",
             f"{block.name}.{path}",
-            "the layer never ran, so nothing is known of its input; not quantised",
+            UNREAD,
             True,
         )
         for path in block.unread

@@ -103,6 +103,8 @@ class ActivationSection(_Section):
             raise ValueError(
                 "activations.observer and activations.after_gelu choose static ranges; set activations.static = true"
             )
+        if self.after_gelu is not None and (self.observer is None or self.clip_ratio == SEARCH):
+            raise ValueError("activations.after_gelu needs an observer and no search; set activations.observer")
         if self.static and not self.symmetric and self.observer is None:
             raise ValueError(
                 "static ranges with zero points need an observer; set activations.observer to 'minmax', 'percentile' or 'mse'"
@@ -299,6 +301,14 @@ class Recipe(_Section):
         for section in (self.activations, self.kv_cache):
             if section is not None:
                 section.spec()
+        bits = [override.activation_bits for override in self.overrides]
+        bits += [] if self.head is None else [self.head.activation_bits]
+        if self.activations is None and any(one is not None for one in bits):
+            raise ValueError(
+                "activation_bits are for recipes that round activations; set activations.bits, or leave them out"
+            )
+        if self.embedding is not None and self.embedding.activation_bits is not None:
+            raise ValueError("an embedding reads no activations; leave embedding.activation_bits out")
         attention = self.attention
         both = attention is not None and (attention.key_bits is not None or attention.value_bits is not None)
         if self.kv_cache is not None and both:

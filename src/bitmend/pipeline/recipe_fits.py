@@ -17,11 +17,15 @@ class _Found:
 
     Attributes:
         widths: full name of a site -> width of its input.
+        spatial: full names of sites that read pictures or maps of features, whose last axis is a place and no feature.
+        groups: full names of sites that read the same input.
         attentions: where it attends, if that was asked.
         of_one_block: how many sites the first block has.
     """
 
     widths: dict[str, int] = field(default_factory=dict)
+    spatial: set[str] = field(default_factory=set)
+    groups: list[tuple[str, ...]] = field(default_factory=list)
     attentions: list[AttentionSite] = field(default_factory=list)
     of_one_block: int = 0
 
@@ -38,6 +42,7 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
     found = _find(adapter, attend=recipe.changes_attention)
     for name, width in found.widths.items():
         _check_site(recipe, adapter, name, width)
+    _check_activations(recipe, adapter, found)
     for site in found.attentions:
         try:
             recipe.attention_scheme(site)
@@ -95,10 +100,32 @@ def _find(adapter: ModelAdapter, *, attend: bool) -> _Found:
             known[structure] = block, adapter.attentions_of(block, adapter.few_rows()) if attend else ()
             adapter.release_block(index)
         block, attentions = known[structure]
-        found.widths |= {f"{name}.{site.path}": site.shape[1] for site in block.sites}
+        names = {site.path: f"{name}.{site.path}" if site.path else name for site in block.sites}
+        found.widths |= {names[site.path]: site.shape[1] for site in block.sites}
+        found.spatial |= {names[site.path] for site in block.sites if not site.view.features_last}
+        found.groups += [tuple(names[site.path] for site in group.sites) for group in block.groups]
         found.attentions += [replace(site, name=f"{name}.{site.path}".rstrip(".")) for site in attentions]
         found.of_one_block = found.of_one_block or len(block.sites)
     return found
+
+
+def _check_activations(recipe: Recipe, adapter: ModelAdapter, found: _Found) -> None:
+    """Refuse rounding that would be something else than it says."""
+    if recipe.head is not None and recipe.head.activation_bits is not None and adapter.reads != "pictures":
+        raise RecipeError("head.activation_bits is for models of pictures; leave it out")
+    if recipe.activations is None:
+        return
+    if not recipe.activations.static and found.spatial:
+        raise RecipeError(
+            f"{sorted(found.spatial)[0]} is a convolution, whose input needs one range for all of it; set "
+            "activations.static = true, with activations.observer"
+        )
+    for group in found.groups:
+        bits = {spec.bits for spec in map(recipe.activation_spec, group) if spec is not None}
+        if len(bits) > 1:
+            raise RecipeError(
+                f"{' and '.join(group)} read the same input, which is rounded once; give them the same activation_bits"
+            )
 
 
 def _check_prefix(recipe: Recipe, adapter: ModelAdapter) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitmend.errors import CalibrationError, RecipeError
-from bitmend.protocols import TRANSFORMS, Calibrated, Transformed
+from bitmend.protocols import TRANSFORMS, Calibrated, Event, Transformed
 from bitmend.sites import Block, Wiring, read_by_all, read_matrix, scale_norm_, write_matrix_
 
 SAMPLED_TOKENS = 1 << 14
@@ -56,8 +56,13 @@ class RepQ:
         if streams is None:
             raise CalibrationError("repq needs calibration rows, but none came; pass --calibration")
         asked = {norm: read_by_all(block, paths) for norm, paths in wiring.readers.items()}
+        norms = sum(isinstance(part, nn.LayerNorm) for part in block.module.modules())
+        events: tuple[Event, ...] = ()
+        if len(asked) < norms:
+            message = f"layers read {len(asked)} of {norms} norms as they are; what the others give is moved nowhere"
+            events = (Event("norms_left", block.name, message),)
         if not asked:
-            return Transformed()
+            return Transformed(events=events)
         samples = streams.some_inputs(block, list(asked.values()), SAMPLED_TOKENS, evenly=True)
         for norm, paths in wiring.readers.items():
             if asked[norm] not in samples:
@@ -66,7 +71,7 @@ class RepQ:
             shifts = all(isinstance(getattr(part, "bias", None), Tensor) for part in (*layers, _norm(block, norm)))
             scale, shift = one_range(samples[asked[norm]].double(), self.share)
             _move_(_norm(block, norm), layers, scale, shift if shifts else torch.zeros_like(shift))
-        return Transformed()
+        return Transformed(events=events)
 
 
 def one_range(
