@@ -18,6 +18,10 @@ INSTALLED_DEV := $(VENV)/.bitmend-installed-dev
 
 # Two test processes of one thread each: the models are so small that more threads only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# Shapes in signatures are checked at each call where the mathematics is tested. In whole runs that takes more than twice the
+# time of everything else, so that only `make test-slow` does it there.
+SHAPES := --jaxtyping-packages=bitmend,beartype.beartype
+MATHEMATICS := tests/numerics tests/linalg tests/packing tests/runtime tests/solvers tests/testing/laws tests/testing/reference
 
 comma := ,
 
@@ -38,10 +42,11 @@ test: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(SHAPES) -m "not slow" $(MATHEMATICS)
+	$(PYTEST) -m "not slow" $(addprefix --ignore=,$(MATHEMATICS))
 
 test-slow: $(INSTALLED_DEV)
-	$(PYTEST) -m slow
+	$(PYTEST) $(SHAPES)
 
 # A peer that cannot be installed is told there, and again as a row of the table; the others run all the same.
 bench-peers: $(INSTALLED)
