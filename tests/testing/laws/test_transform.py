@@ -19,6 +19,7 @@ REFUSED = {
     "quarot": NOT_ROTATED,
     "spinquant": NOT_ROTATED,
     "smooth": {"opt-projected"},
+    "repq": {"opt-projected"},
 }
 
 
