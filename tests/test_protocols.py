@@ -8,7 +8,9 @@ import torch
 
 from bitmend import protocols
 from bitmend.calibrate.activation_store import ActivationStore
+from bitmend.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.models.hf_image import HfImage
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
@@ -83,8 +85,14 @@ def test_solvers_ask_for_known_needs():
 
 
 def test_an_adapter_keeps_its_contract(tiny_model):
-    assert [entry.part for entry in ADAPTERS] == [HfCausalLm]
+    assert [entry.part for entry in ADAPTERS] == [HfCausalLm, HfImage]
     assert isinstance(HfCausalLm.open(tiny_model), ModelAdapter)
+
+
+def test_an_adapter_of_pictures_keeps_its_contract(tmp_path):
+    config = CifarResNetConfig(blocks_per_stage=1, stage_channels=[2, 2, 2], image_size=8)
+    CifarResNetForImageClassification(config).save_pretrained(tmp_path)
+    assert isinstance(HfImage.open(tmp_path), ModelAdapter)
 
 
 def test_a_store_is_a_stream_that_may_be_read_twice():

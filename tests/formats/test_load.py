@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import bitmend.formats.load
@@ -263,7 +264,9 @@ def test_altered_configs_are_refused_or_leave_the_tensors(original, seed):
 
 
 def test_the_model_class_is_that_of_the_checkpoint():
-    name = bitmend.formats.load._model_class({"architectures": ["GPT2Model"]}).__name__
+    text, picture = transformers.GPT2Config(), transformers.ViTConfig()
+    name = bitmend.formats.load._model_class({"architectures": ["GPT2Model"]}, text).__name__
     assert name == "GPT2Model"
     for unknown in ([], ["Nonsense"], [3], ["AutoTokenizer"]):
-        assert bitmend.formats.load._model_class({"architectures": unknown}).__name__ == "AutoModelForCausalLM"
+        found = [bitmend.formats.load._model_class({"architectures": unknown}, one).__name__ for one in (text, picture)]
+        assert found == ["AutoModelForCausalLM", "AutoModelForImageClassification"]
