@@ -1,5 +1,6 @@
 # make demo     the main job, on the embedded model
 # make test     every check that runs in minutes: style, types, layers, tests, README code blocks, examples
+# make test-slow     all tests, the slow ones too, with the shapes in all signatures checked at each call
 # make bench-peers   other quantisers beside this one, hours: an environment for each in .venv-peers, tables in out/peers
 #
 # They make a virtual environment in .venv where there is none, and install what is missing.

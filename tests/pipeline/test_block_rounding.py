@@ -220,3 +220,16 @@ def test_static_needs_a_grid_without_groups_and_one_way_to_choose(keys, sentence
 def test_a_ratio_is_a_share_or_a_search(ratio):
     with pytest.raises(RecipeError, match="clip_ratio"):
         parse_recipe({"activations": {"clip_ratio": ratio}})
+
+
+def test_without_a_range_all_else_stays():
+    from bitmend.numerics.activations import ActivationSpec
+    from bitmend.numerics.log_sqrt2 import LogSqrt2Spec
+    from bitmend.pipeline.block_rounding import _for_each_token
+
+    kept = ActivationSpec(3, True, -1, 0.9, scale_bits=16, ranges=())
+    assert _for_each_token(kept) == ActivationSpec(3, True, -1, 0.9, scale_bits=16)
+    assert _for_each_token(ActivationSpec(4, symmetric=False, ranges=(1.0,), lows=(-2.0,))) == ActivationSpec(
+        4, symmetric=False
+    )
+    assert _for_each_token(LogSqrt2Spec(4)) == ActivationSpec(4, symmetric=False)

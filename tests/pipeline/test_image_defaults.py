@@ -1,5 +1,6 @@
 import torch
 
+from bitmend.numerics.granularity import PerChannel
 from bitmend.pipeline.image_defaults import with_image_defaults
 from bitmend.pipeline.recipe import load_recipe
 
@@ -24,6 +25,7 @@ def test_what_the_recipe_says_stays():
     keys = {"weights.group_size": 64, "activations.bits": 4, "head.bits": 4, "head.activation_bits": 6}
     recipe = resolved(keys | {"overrides": first})
     assert recipe.weights.group_size == 64
+    assert resolved({"weights.group_size": 64}).scheme("stem.conv", torch.float32).granularity == PerChannel()
     assert recipe.head.bits == 4
     assert recipe.scheme("stem.conv", torch.float32).grid.bits == 5
     assert recipe.activation_spec("stem.conv").bits == 8

@@ -1,19 +1,34 @@
 """What models of transformers have in common, whatever they read: blocks that lie on disk until they are loaded."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitmend.models.tensor_source import TensorSource, outside
+from bitmend.errors import ModelError
+from bitmend.models.architecture import architecture_name, modules_found, refuse_quantised
+from bitmend.models.attention import use_rounding_attention_
+from bitmend.models.bounds import stored
+from bitmend.models.experts import unpack_experts_
+from bitmend.models.loading import empty_model, read_config
+from bitmend.models.shards import ShardedWeights
+from bitmend.models.tensor_source import TensorSource, buffers_to, outside
+from bitmend.numerics.products import FastLinear
+from bitmend.protocols import Batch, BlockInputs
+
+CPU = torch.device("cpu")
 
 
-class HfBlocks:
+class HfBlocks(ABC):
     """A model of transformers whose blocks are read one at a time; all else is loaded.
 
     Attributes:
+        task: the class of transformers that builds such models from configs.
+        wanted: such a model in words, for error sentences.
         model: blocks are on meta until `load_block`.
         folder: where the model comes from.
         config: of transformers, as read from the folder.
@@ -22,7 +37,10 @@ class HfBlocks:
         block_names: full paths of the blocks in the order in which they run.
     """
 
+    task: ClassVar[str]
+    wanted: ClassVar[str]
     block_names: tuple[str, ...]
+    _trusted = False
 
     def __init__(self, model: nn.Module, folder: Path, config: Any, source: TensorSource) -> None:
         self.model = model
@@ -32,6 +50,90 @@ class HfBlocks:
         self.device: torch.device = source.device
         self._source = source
 
+    # ------------------------------------------------------------------------------------------ opening
+    @classmethod
+    @abstractmethod
+    def why_not(cls, config: Any) -> str | None:
+        """Return why this adapter cannot read a model of `config`, or None when it may try."""
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Open a model folder and load what lies outside the blocks.
+
+        Args:
+            folder: with config.json and weights.
+            dtype: None for the model's own: that of the config, else that of the stored tensors.
+            device: where to compute.
+            trust_remote_code: allow code that comes with the model.
+
+        Raises:
+            ModelError: the folder is incomplete, quantised already, or of an architecture that is not read here.
+            CheckpointError: the files are damaged or do not belong to the config.
+        """
+        config = read_config(folder, trust_remote_code)
+        refuse_quantised(config, folder)
+        reason = cls.why_not(config)
+        if reason is not None:
+            raise ModelError(
+                f"{folder} holds {architecture_name(config)}, and {reason}; {modules_found(config)}; give {cls.wanted}"
+            )
+        held = stored(folder)
+        weights = ShardedWeights(folder)
+        dtype = dtype or own_dtype(config) or weights.floating_dtype
+        model = empty_model(config, dtype, trust_remote_code, held, task=cls.task)
+        unpack_experts_(model)
+        buffers_to(model, device)
+        source = TensorSource(model, weights, dtype=dtype, device=device)
+        opened = cls._of(model, folder, config, source, trust_remote_code)
+        opened._trusted = trust_remote_code
+        return opened
+
+    @classmethod
+    def _of(cls, model: nn.Module, folder: Path, config: Any, source: TensorSource, trust_remote_code: bool) -> Self:
+        """Return the adapter of an empty model."""
+        del trust_remote_code
+        return cls(model, folder, config, source)
+
+    def reopened(self, dtype: torch.dtype) -> Self:
+        """Return the same model opened once more, in another dtype."""
+        return self.open(self.folder, dtype=dtype, device=self.device, trust_remote_code=self._trusted)
+
+    # ------------------------------------------------------------------------------------------ running
+    @abstractmethod
+    def forward_block(
+        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch *made"]:
+        """Run one loaded block with gradients, if they are on."""
+
+    @abstractmethod
+    def forward_logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
+        """Run everything after the last block with gradients, if they are on."""
+
+    @torch.no_grad()
+    def run_block(
+        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
+    ) -> Float[Tensor, "batch *made"]:
+        """Run one loaded block, its matrix products by the fastest way on this machine."""
+        with FastLinear():
+            return self.forward_block(index, hidden, inputs)
+
+    @torch.no_grad()
+    def logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
+        """Run everything after the last block."""
+        return self.forward_logits(hidden, batch)
+
+    def prepare_attention_(self) -> None:
+        """Let the model attend by a function that can round its operands, and does not yet."""
+        use_rounding_attention_(self.model)
+
+    # ------------------------------------------------------------------------------------------ weights
     def load_block(self, index: int) -> nn.Module:
         """Read one block's tensors from the checkpoint and return the block."""
         prefix = f"{self.block_names[index]}."

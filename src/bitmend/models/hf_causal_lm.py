@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitmend.errors import ModelError
-from bitmend.models.architecture import architecture_name, module_lists, modules_found, refuse_quantised, why_not_causal
-from bitmend.models.attention import find_attentions, use_rounding_attention_
-from bitmend.models.bounds import stored
+from bitmend.models.architecture import module_lists, why_not_causal
+from bitmend.models.attention import find_attentions
 from bitmend.models.detour import (
     BlockList,
     Probe,
@@ -27,18 +26,14 @@ from bitmend.models.detour import (
     probe,
     split_hidden,
 )
-from bitmend.models.experts import unpack_experts_
-from bitmend.models.hf_blocks import HfBlocks, own_dtype
-from bitmend.models.loading import empty_model, read_config
-from bitmend.models.shards import ShardedWeights
-from bitmend.models.tensor_source import TensorSource, buffers_to, outside
+from bitmend.models.hf_blocks import HfBlocks
+from bitmend.models.loading import CAUSAL_LM
+from bitmend.models.tensor_source import TensorSource, outside
 from bitmend.models.tracing import describe, trace_block
 from bitmend.models.wiring import find_ends, find_wiring
-from bitmend.numerics.products import FastLinear
 from bitmend.protocols import ADAPTERS, Batch, BlockInputs, TokenBatch, tokens_of
 from bitmend.sites import AttentionSite, Block, ModelEnds, Wiring
 
-CPU = torch.device("cpu")
 TRACE_ROWS, TRACE_TOKENS = 4, 32
 FEW_TOKENS = 8
 
@@ -52,10 +47,16 @@ class HfCausalLm(HfBlocks):
         head_names: path of the output head; none when it is tied to the embedding.
     """
 
+    task: ClassVar[str] = CAUSAL_LM
+    wanted: ClassVar[str] = "a decoder language model"
+    reads: ClassVar[Literal["tokens", "pictures"]] = "tokens"
+    first_layer: ClassVar[None] = None
+    idle: ClassVar[tuple[str, ...]] = ()
+    row_length: ClassVar[None] = None
+
     def __init__(self, model: nn.Module, folder: Path, config: Any, source: TensorSource) -> None:
         """Find the blocks of an empty model and load the rest; use `open` instead."""
         super().__init__(model, folder, config, source)
-        self._trusted = False
         self._blocks = self._load_outside()
         self.block_names = self._blocks.names
         self._form = self._probe()
@@ -63,59 +64,10 @@ class HfCausalLm(HfBlocks):
         head = self._path_of("get_output_embeddings")
         self.head_names = () if head is None or f"{head}.weight" in source.ties else (head,)
 
-    reads: ClassVar[Literal["tokens", "pictures"]] = "tokens"
-    first_layer: ClassVar[None] = None
-    idle: ClassVar[tuple[str, ...]] = ()
-    row_length: ClassVar[None] = None
-
     @classmethod
     def why_not(cls, config: Any) -> str | None:
         """Return why this adapter cannot read a model of `config`, or None when it may try."""
         return why_not_causal(config)
-
-    @classmethod
-    def open(
-        cls,
-        folder: Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device = CPU,
-        trust_remote_code: bool = False,
-    ) -> "HfCausalLm":
-        """Open a model folder and load what lies outside the blocks.
-
-        Args:
-            folder: with config.json and weights.
-            dtype: None for the model's own: that of the config, else that of the stored tensors.
-            device: where to compute.
-            trust_remote_code: allow code that comes with the model.
-
-        Raises:
-            ModelError: the folder is incomplete, quantised already, or of an architecture that is not read here.
-            CheckpointError: the files are damaged or do not belong to the config.
-        """
-        config = read_config(folder, trust_remote_code)
-        refuse_quantised(config, folder)
-        reason = cls.why_not(config)
-        if reason is not None:
-            raise ModelError(
-                f"{folder} holds {architecture_name(config)}, and {reason}; {modules_found(config)}; "
-                "give a decoder language model"
-            )
-        held = stored(folder)
-        weights = ShardedWeights(folder)
-        dtype = dtype or own_dtype(config) or weights.floating_dtype
-        model = empty_model(config, dtype, trust_remote_code, held)
-        unpack_experts_(model)
-        buffers_to(model, device)
-        opened = cls(model, folder, config, TensorSource(model, weights, dtype=dtype, device=device))
-        opened._trusted = trust_remote_code
-        return opened
-
-    def reopened(self, dtype: torch.dtype) -> "HfCausalLm":
-        """Return the same model opened once more, in another dtype."""
-        trusted = self._trusted
-        return type(self).open(self.folder, dtype=dtype, device=self.device, trust_remote_code=trusted)
 
     # ------------------------------------------------------------------------------------------ running
     @torch.no_grad()
@@ -135,25 +87,12 @@ class HfCausalLm(HfBlocks):
             getattr(self.model, "base_model", self.model)(**self._call(batch))
         return BlockInputs(hidden[0], tuple(arguments))
 
-    @torch.no_grad()
-    def run_block(
-        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
-    ) -> Float[Tensor, "batch *made"]:
-        """Run one loaded block, its matrix products by the fastest way on this machine."""
-        with FastLinear():
-            return self.forward_block(index, hidden, inputs)
-
     def forward_block(
         self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
     ) -> Float[Tensor, "batch *made"]:
         """Run one loaded block with gradients, if they are on."""
         args, kwargs = inputs.arguments[index]
         return ReturnForm.unwrap(self.block(index)(hidden, *args, **kwargs))
-
-    @torch.no_grad()
-    def logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
-        """Run everything after the last block."""
-        return self.forward_logits(hidden, batch)
 
     def forward_logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch *label"]:
         """Run everything after the last block with gradients, if they are on."""
@@ -194,10 +133,6 @@ class HfCausalLm(HfBlocks):
         """Return how the layers of a loaded block hang together; runs it on a few tokens some times."""
         inputs = self.block_inputs(batch)
         return find_wiring(block, lambda: self.run_block(block.index, inputs.hidden, inputs), inputs.hidden.shape[-1])
-
-    def prepare_attention_(self) -> None:
-        """Let the model attend by a function that can round keys, values and attention, and does not yet."""
-        use_rounding_attention_(self.model)
 
     def attentions_of(self, block: Block, batch: Batch) -> tuple[AttentionSite, ...]:
         """Return where a loaded block attends; runs it on a few tokens. `prepare_attention_` comes first."""

@@ -10,7 +10,7 @@ The classifiers of this repository (`cifar_resnet.py`) are models of transformer
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import transformers
@@ -19,23 +19,19 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from bitmend.errors import ModelError, RequestError
-from bitmend.models.architecture import architecture_name, modules_found, refuse_quantised, why_no_image_classifier
-from bitmend.models.attention import find_attentions, use_rounding_attention_
-from bitmend.models.bounds import stored
+from bitmend.models.architecture import why_no_image_classifier
+from bitmend.models.attention import find_attentions
 from bitmend.models.chain import Chain, find_chain
 from bitmend.models.detour import detour
-from bitmend.models.hf_blocks import HfBlocks, own_dtype
+from bitmend.models.hf_blocks import HfBlocks
 from bitmend.models.image_processor import COMBINED_FILE, PROCESSOR_FILE, channels_of, load_processor
-from bitmend.models.loading import IMAGE_CLASSIFIER, empty_model, read_config
-from bitmend.models.shards import ShardedWeights
-from bitmend.models.tensor_source import TensorSource, buffers_to, outside
+from bitmend.models.loading import IMAGE_CLASSIFIER
+from bitmend.models.tensor_source import TensorSource, outside
 from bitmend.models.tracing import describe, trace_block
 from bitmend.models.wiring import find_wiring
-from bitmend.numerics.products import FastLinear
 from bitmend.protocols import ADAPTERS, Batch, BlockInputs, ImageBatch, pixels_of
 from bitmend.sites import AttentionSite, Block, ModelEnds, Wiring
 
-CPU = torch.device("cpu")
 USUAL_SIZE = 224
 TRACE_ROWS = 2
 
@@ -51,6 +47,8 @@ class HfImage(HfBlocks):
         idle: paths of layers outside the blocks that never run.
     """
 
+    task: ClassVar[str] = IMAGE_CLASSIFIER
+    wanted: ClassVar[str] = "an image classifier"
     reads: ClassVar[Literal["tokens", "pictures"]] = "pictures"
     embedding_name: ClassVar[None] = None
     # A picture is one place; how many rows a layer makes of it stands in `SiteGroup.rows_per_place`.
@@ -84,49 +82,9 @@ class HfImage(HfBlocks):
         return why_no_image_classifier(config)
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device = CPU,
-        trust_remote_code: bool = False,
-    ) -> "HfImage":
-        """Open a model folder and load what lies outside the blocks.
-
-        Args:
-            folder: with config.json and weights.
-            dtype: None for the model's own: that of the config, else that of the stored tensors.
-            device: where to compute.
-            trust_remote_code: allow code that comes with the model.
-
-        Raises:
-            ModelError: the folder is incomplete, quantised already, or of an architecture that is not read here.
-            CheckpointError: the files are damaged or do not belong to the config.
-        """
-        config = read_config(folder, trust_remote_code)
-        refuse_quantised(config, folder)
-        reason = cls.why_not(config)
-        if reason is not None:
-            raise ModelError(
-                f"{folder} holds {architecture_name(config)}, and {reason}; {modules_found(config)}; "
-                "give an image classifier"
-            )
-        weights = ShardedWeights(folder)
-        dtype = dtype or own_dtype(config) or weights.floating_dtype
-        model = empty_model(config, dtype, trust_remote_code, stored(folder), task=IMAGE_CLASSIFIER)
-        buffers_to(model, device)
-        source = TensorSource(model, weights, dtype=dtype, device=device)
-        opened = cls(model, folder, config, source, _twin_of(config, dtype, trust_remote_code))
-        opened._trusted = trust_remote_code
-        return opened
-
-    _trusted = False
-
-    def reopened(self, dtype: torch.dtype) -> "HfImage":
-        """Return the same model opened once more, in another dtype."""
-        trusted = self._trusted
-        return type(self).open(self.folder, dtype=dtype, device=self.device, trust_remote_code=trusted)
+    def _of(cls, model: nn.Module, folder: Path, config: Any, source: TensorSource, trust_remote_code: bool) -> Self:
+        """Return the adapter of an empty model, which looks at the shapes of a second one."""
+        return cls(model, folder, config, source, _twin_of(config, source.dtype, trust_remote_code))
 
     # ------------------------------------------------------------------------------------------ shapes
     def chain(self, shape: tuple[int, ...]) -> Chain:
@@ -176,14 +134,6 @@ class HfImage(HfBlocks):
         links = self.chain(tuple(pixels.shape[1:])).links
         return BlockInputs(pixels.to(self.device, self.dtype), tuple(link.arguments for link in links))
 
-    @torch.no_grad()
-    def run_block(
-        self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
-    ) -> Float[Tensor, "batch *made"]:
-        """Run one loaded block, its matrix products by the fastest way on this machine."""
-        with FastLinear():
-            return self.forward_block(index, hidden, inputs)
-
     def forward_block(
         self, index: int, hidden: Float[Tensor, "batch *features"], inputs: BlockInputs
     ) -> Float[Tensor, "batch *made"]:
@@ -192,11 +142,6 @@ class HfImage(HfBlocks):
         # How a block returns does not depend on the size of the pictures.
         link = self.chain(self.image_shape).links[index]
         return link.unwrap(self.block(index)(hidden, *args, **kwargs))
-
-    @torch.no_grad()
-    def logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch label"]:
-        """Run everything after the last block."""
-        return self.forward_logits(hidden, batch)
 
     def forward_logits(self, hidden: Float[Tensor, "batch *features"], batch: Batch) -> Float[Tensor, "batch label"]:
         """Run everything after the last block with gradients, if they are on."""
@@ -228,10 +173,6 @@ class HfImage(HfBlocks):
         del batch
         hidden, inputs = self.sample_inputs(block.index, TRACE_ROWS, 1)
         return find_wiring(block, lambda: self.run_block(block.index, hidden, inputs), hidden.shape[-1])
-
-    def prepare_attention_(self) -> None:
-        """Let the model attend by a function that can round its operands, and does not yet."""
-        use_rounding_attention_(self.model)
 
     def attentions_of(self, block: Block, batch: Batch) -> tuple[AttentionSite, ...]:
         """Return where a loaded block attends; runs it on noise. `prepare_attention_` comes first."""

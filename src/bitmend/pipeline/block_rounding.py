@@ -41,6 +41,7 @@ PATIENCE = 2  # ratios in a row that are worse, before a search ends
 HELD = ("keys", "values")
 OPERANDS = ("queries", "keys", "values", "probabilities")
 DEFAULT_OBSERVER: ObserverName = "percentile"  # of what attention multiplies
+ALL_ZERO = "it was zero on all calibration rows"
 GELU_REACHED = 0.12  # below zero: some of many values come near GELU's smallest
 GELU_SLACK = 0.001  # how far below the smallest value of GELU the rounding of a 16-bit type may bring it
 
@@ -119,8 +120,10 @@ class BlockRounding:
         """Return how the block's modules attend while the finished model runs, by full path."""
         return {_name_of(block, path): scheme for path, scheme in self.attentions.items()}
 
-    def head_schemes(self, streams: DualStream | None) -> dict[str, InputScheme]:
+    def head_schemes(self, streams: DualStream | None) -> tuple[dict[str, InputScheme], list[Event]]:
         """Return what is done to the inputs of the heads of a model of pictures, behind whose last block the streams are.
+
+        Also what the user must be told.
 
         Raises:
             NumericsError: NaN or Inf where a range is to be found.
@@ -129,9 +132,9 @@ class BlockRounding:
         """
         spec = self._recipe.head_activation_spec()
         if spec is None or self._adapter.reads != "pictures":
-            return {}
+            return {}, []
         if not _is_static(spec):
-            return {name: InputScheme(activations=spec) for name in self._adapter.head_names}
+            return {name: InputScheme(activations=spec) for name in self._adapter.head_names}, []
         assert streams is not None  # what a recipe leaves open needs rows
         samples = {name: RangeSample() for name in self._adapter.head_names}
         with ExitStack() as attached:
@@ -144,8 +147,13 @@ class BlockRounding:
                     self._adapter.logits(streams.x_q[position].to(streams.device), batch.tokens)
         section = self._recipe.activations
         assert section is not None
-        found = {name: choose_range(sample, spec, section.observer or "minmax") for name, sample in samples.items()}
-        return {name: InputScheme(activations=one or ActivationSpec(spec.bits)) for name, one in found.items()}
+        schemes, events = {}, []
+        for name, sample in samples.items():
+            found = choose_range(sample, spec, section.observer or "minmax")
+            schemes[name] = InputScheme(activations=found or _for_each_token(spec))
+            if found is None:
+                events.append(Event("no_range", name, f"{ALL_ZERO}, so each token gets a scale of its own", True))
+        return schemes, events
 
     # ------------------------------------------------------------------------------------------ at work
     @contextmanager
@@ -295,7 +303,7 @@ class BlockRounding:
                 self.set_(quantiser, chosen)
                 continue
             self._without_range_(block, quantiser)
-            what = "nothing came by" if sample.count == 0 else "it was zero on all calibration rows"
+            what = "nothing came by" if sample.count == 0 else ALL_ZERO
             events += _no_range(block, quantiser, what)
         return events
 
@@ -306,7 +314,7 @@ class BlockRounding:
             for path in quantiser.paths:
                 del self.inputs[path]
             return
-        self.set_(quantiser, ActivationSpec(self.spec_of(quantiser).bits))
+        self.set_(quantiser, _for_each_token(self.spec_of(quantiser)))
 
     def _made_by_gelu(self, sample: RangeSample) -> bool:
         section = self._recipe.activations
@@ -368,6 +376,13 @@ def _name_of(block: Block, path: str) -> str:
 
 def _path_in(block: Block, name: str) -> str:
     return "" if name == block.name else name.removeprefix(f"{block.name}.")
+
+
+def _for_each_token(spec: AnyRounding) -> ActivationSpec:
+    """Return a grid as it is, but with a scale for each token; of grids of another kind, one with evenly spaced levels."""
+    if isinstance(spec, ActivationSpec):
+        return replace(spec, ranges=None, lows=None)
+    return ActivationSpec(spec.bits, symmetric=False)
 
 
 def _is_static(spec: AnyRounding) -> bool:

@@ -4,7 +4,7 @@ As is usual in that field (QwT, RepQ-ViT's copy in it, BRECQ), the layer that re
 weights and inputs; and weights share one scale for each output channel, because widths such as 192 or 27 have no 128 in them.
 """
 
-from bitmend.pipeline.recipe import EndSection, OverrideSection, Recipe
+from bitmend.pipeline.recipe import HeadSection, OverrideSection, Recipe
 
 BITS_OF_ENDS = 8
 
@@ -24,8 +24,8 @@ def with_image_defaults(recipe: Recipe, first_layer: str | None) -> Recipe:
     if "group_size" not in recipe.weights.model_fields_set:
         changes["weights"] = recipe.weights.model_copy(update={"group_size": -1})
     if "head" not in recipe.model_fields_set:
-        changes["head"] = EndSection(bits=BITS_OF_ENDS)
+        changes["head"] = HeadSection(bits=BITS_OF_ENDS)
     rounded = None if recipe.activations is None else BITS_OF_ENDS
-    first = OverrideSection(targets=[first_layer], bits=BITS_OF_ENDS, activation_bits=rounded)
+    first = OverrideSection(targets=[first_layer], bits=BITS_OF_ENDS, group_size=-1, activation_bits=rounded)
     changes["overrides"] = [first, *recipe.overrides]  # later ones win, key by key
     return recipe.model_copy(update=changes)

@@ -217,7 +217,10 @@ class _Loop:
         )
         if index == len(self.adapter.block_names) - 1 and self.adapter.reads == "pictures":
             with self.timed("ranges"):
-                inputs |= self.rounding.head_schemes(streams)
+                of_heads, told = self.rounding.head_schemes(streams)
+            inputs |= of_heads
+            events += told
+            self.report.events += told
         rest = self._rest(index, sites)
         self._leave()
         return QuantisedBlock(block.name, sites, kinds, rest, report, tuple(events), inputs, attentions)

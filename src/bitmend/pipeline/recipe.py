@@ -274,8 +274,12 @@ class EndSection(_Section):
     bits: StrictInt = Field(8, ge=2, le=8)
     group_size: StrictInt = -1
     observer: ObserverName = "mse"
-    # Of what the head of a model of pictures reads, where the recipe rounds activations; None: as many as `bits`.
-    activation_bits: StrictInt | None = Field(None, ge=2, le=8)
+
+
+class HeadSection(EndSection):
+    """The head, and of models of pictures what it reads."""
+
+    activation_bits: StrictInt | None = Field(None, ge=2, le=8)  # where the recipe rounds activations; None: as `bits`
 
 
 class Recipe(_Section):
@@ -292,7 +296,7 @@ class Recipe(_Section):
     overrides: list[OverrideSection] = []
     calibration: CalibrationSection = CalibrationSection()
     embedding: EndSection | None = None  # None: left as it is
-    head: EndSection | None = None  # of models whose head is not tied to the embedding
+    head: HeadSection | None = None  # of models whose head is not tied to the embedding
 
     @model_validator(mode="after")
     def _parts_exist(self) -> "Recipe":
@@ -307,8 +311,6 @@ class Recipe(_Section):
             raise ValueError(
                 "activation_bits are for recipes that round activations; set activations.bits, or leave them out"
             )
-        if self.embedding is not None and self.embedding.activation_bits is not None:
-            raise ValueError("an embedding reads no activations; leave embedding.activation_bits out")
         attention = self.attention
         both = attention is not None and (attention.key_bits is not None or attention.value_bits is not None)
         if self.kv_cache is not None and both:
@@ -538,7 +540,7 @@ def _section_keys(location: tuple[int | str, ...]) -> list[str]:
         "overrides": OverrideSection,
         "calibration": CalibrationSection,
         "embedding": EndSection,
-        "head": EndSection,
+        "head": HeadSection,
     }
     model = sections.get(str(location[0]), Recipe) if location else Recipe
     return list(model.model_fields)
