@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,8 @@ from bitmend.numerics.products import FastLinear
 from bitmend.protocols import Batch, BlockInputs
 
 CPU = torch.device("cpu")
+# Not typing.Self: beartype checks methods one by one here, and takes it inside decorated classes only.
+Opened = TypeVar("Opened", bound="HfBlocks")
 
 
 class HfBlocks(ABC):
@@ -58,13 +60,13 @@ class HfBlocks(ABC):
 
     @classmethod
     def open(
-        cls,
+        cls: type[Opened],
         folder: Path,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device = CPU,
         trust_remote_code: bool = False,
-    ) -> Self:
+    ) -> Opened:
         """Open a model folder and load what lies outside the blocks.
 
         Args:
@@ -96,12 +98,14 @@ class HfBlocks(ABC):
         return opened
 
     @classmethod
-    def _of(cls, model: nn.Module, folder: Path, config: Any, source: TensorSource, trust_remote_code: bool) -> Self:
+    def _of(
+        cls: type[Opened], model: nn.Module, folder: Path, config: Any, source: TensorSource, trust_remote_code: bool
+    ) -> Opened:
         """Return the adapter of an empty model."""
         del trust_remote_code
         return cls(model, folder, config, source)
 
-    def reopened(self, dtype: torch.dtype) -> Self:
+    def reopened(self: Opened, dtype: torch.dtype) -> Opened:
         """Return the same model opened once more, in another dtype."""
         return self.open(self.folder, dtype=dtype, device=self.device, trust_remote_code=self._trusted)
 

@@ -10,7 +10,7 @@ The classifiers of this repository (`cifar_resnet.py`) are models of transformer
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -82,7 +82,9 @@ class HfImage(HfBlocks):
         return why_no_image_classifier(config)
 
     @classmethod
-    def _of(cls, model: nn.Module, folder: Path, config: Any, source: TensorSource, trust_remote_code: bool) -> Self:
+    def _of(
+        cls, model: nn.Module, folder: Path, config: Any, source: TensorSource, trust_remote_code: bool
+    ) -> "HfImage":
         """Return the adapter of an empty model, which looks at the shapes of a second one."""
         return cls(model, folder, config, source, _twin_of(config, source.dtype, trust_remote_code))
 
