@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 import bitmend
 from bitmend import assets, protocols
@@ -31,7 +31,7 @@ PRODUCTS = (
     "attention",
 )
 PARTS = (
-    ("sweep", gptq, "round_columns"),
+    ("sweep", gptq, "column_sweep"),
     ("sweep", gptaq, "round_columns"),
     ("sweep", strength, "round_columns"),
     ("sweep", descent, "column_sweep"),
@@ -109,16 +109,38 @@ def show_clock(run, folder):
 
 
 def show_products(run, folder):
-    """Run under the profiler and print the share of matrix products, and what else took most."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    """Run under the profiler and print the share of matrix products, and what else took most.
+
+    The record is added up and dropped after each sweep of columns: kept whole, it would outgrow the run on large layers.
+    """
+    spent = defaultdict(float)
+
+    def gather(profiler):
+        for event in profiler.key_averages():
+            if not event.key.startswith("ProfilerStep"):  # all that is Python between operations
+                spent[event.key] += event.self_cpu_time_total
+
+    def stepping(function):
+        def wrapper(*arguments, **options):
+            try:
+                return function(*arguments, **options)
+            finally:
+                profiler.step()
+
+        return wrapper
+
+    pieces = schedule(wait=0, warmup=0, active=1)
+    with profile(activities=[ProfilerActivity.CPU], schedule=pieces, on_trace_ready=gather) as profiler:
+        for name, module, attribute in PARTS:
+            if name == "sweep":
+                setattr(module, attribute, stepping(getattr(module, attribute)))
         run(folder / "profiled")
-    events = profiler.key_averages()
-    everything = sum(event.self_cpu_time_total for event in events)
-    products = sum(event.self_cpu_time_total for event in events if any(name in event.key for name in PRODUCTS))
-    print(f"matrix products: {products / everything:.1%} of the profiled time")
-    others = [event for event in events if not any(name in event.key for name in PRODUCTS)]
-    for event in sorted(others, key=lambda event: event.self_cpu_time_total, reverse=True)[:8]:
-        print(f"  {event.key:<40}{event.self_cpu_time_total / everything:6.1%}")
+    everything = sum(spent.values())
+    products = sum(seconds for key, seconds in spent.items() if any(name in key for name in PRODUCTS))
+    print(f"matrix products: {products / everything:.1%} of the profiled time, {everything / 1e6:.0f} s")
+    others = {key: seconds for key, seconds in spent.items() if not any(name in key for name in PRODUCTS)}
+    for key in sorted(others, key=others.__getitem__, reverse=True)[:8]:
+        print(f"  {key:<40}{others[key] / everything:6.1%}")
 
 
 if __name__ == "__main__":
