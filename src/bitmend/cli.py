@@ -20,6 +20,7 @@ import typer
 from bitmend.cli_options import (
     BitsOption,
     CalibrationOption,
+    ClassNamesOption,
     Device,
     DeviceOption,
     DiskOption,
@@ -29,13 +30,17 @@ from bitmend.cli_options import (
     LowMemoryOption,
     ModelArgument,
     OverwriteOption,
+    PairsOption,
     PicturesOption,
     QuietOption,
     SeedOption,
     SequenceLengthOption,
     SequencesOption,
     SetOption,
+    TemplatesOption,
+    TextModelOption,
     TextOption,
+    TowerOption,
     WindowLengthOption,
     WindowsOption,
     check_json_path,
@@ -96,6 +101,7 @@ def quantize(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the model.")
     ] = False,
+    tower: TowerOption = None,
     quiet: QuietOption = False,
     log_json: Annotated[Path | None, typer.Option(help="Write the run report to this file too.")] = None,
 ) -> None:
@@ -111,6 +117,7 @@ def quantize(
         "overwrite": overwrite,
         "device": device.value,
         "trust_remote_code": trust_remote_code,
+        "tower": None if tower is None else tower.value,
     }
     if dry_run:
         target = run.check_request(model, plan, calibration or (), **options)
@@ -134,36 +141,47 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub names.", show_default=False)],
     text: TextOption = None,
     images: ImagesOption = None,
+    pairs: PairsOption = None,
+    class_names: ClassNamesOption = None,
+    templates: TemplatesOption = None,
+    text_model: TextModelOption = None,
     reference: Annotated[str | None, typer.Option(help="The model to compare with, usually the original.")] = None,
     windows: WindowsOption = 160,
     window_length: WindowLengthOption = 512,
     pictures: PicturesOption = 0,
     batch_size: Annotated[
-        int | None, typer.Option(help="Windows (8 unless given) or pictures (64) that run at once.", min=1)
+        int | None, typer.Option(help="Windows (8 unless given), pictures or sentences (64) that run at once.", min=1)
     ] = None,
     device: DeviceOption = Device.AUTO,
     json_file: JsonOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Score models on texts or pictures: perplexity, top-1, and agreement with a reference."""
+    """Score models on texts, pictures or sentence pairs: perplexity, top-1, embeddings, and agreement with a reference."""
     from bitmend.evaluate.evaluate import evaluate as score
+    from bitmend.evaluate.zero_shot import read_zero_shot
     from bitmend.pipeline.run import choose_device
     from bitmend.report.summary import evaluation_rows
 
     check_json_path(json_file)
-    if not text and not images:
+    if not text and not images and not pairs:
         raise RequestError(
-            "evaluate needs at least one text or set of pictures, but none came; pass --text FILE or --images PATH"
+            "evaluate needs at least one text, set of pictures or file of sentence pairs, but none came; pass --text FILE, "
+            "--images PATH or --pairs FILE"
         )
+    if class_names is None and (templates is not None or text_model is not None):
+        raise RequestError("templates and a text model describe classes, but no classes came; pass --class-names FILE")
     report = score(
         models,
         texts=text or (),
         images=images or (),
+        pairs=pairs or (),
+        zero_shot=None if class_names is None else read_zero_shot(class_names, templates),
+        text_model=text_model,
         reference=reference,
         windows=windows or None,
         window_length=window_length,
         pictures=pictures or None,
-        batch_size=batch_size or (PICTURES_AT_ONCE if images else WINDOWS_AT_ONCE),
+        batch_size=batch_size or (WINDOWS_AT_ONCE if text else PICTURES_AT_ONCE),
         device=choose_device(device.value),
         progress=progress_of(quiet),
     )

@@ -19,8 +19,21 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Tower(StrEnum):
+    """Parts of a model with two towers."""
+
+    VISION = "vision"
+    TEXT = "text"
+
+
 ModelArgument = Annotated[str, typer.Argument(help="A local model folder or a hub name.", show_default=False)]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes CUDA where there is one.")]
+TowerOption = Annotated[
+    Tower | None,
+    typer.Option(
+        help="Of a model with two towers, such as CLIP: the part to take, as a model of its own.", show_default=False
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
@@ -45,6 +58,22 @@ ImagesOption = Annotated[
     list[Path] | None, typer.Option(help="Pictures in class folders, a .tar of them or an .npz; may be given again.")
 ]
 PicturesOption = Annotated[int, typer.Option(help="Pictures of each set; 0 for all.", min=0)]
+PairsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Sentence pairs for encoders: two columns and perhaps a score, tabs between; may be given again."
+    ),
+]
+ClassNamesOption = Annotated[
+    Path | None, typer.Option(help="Names of the classes, one a line: an encoder of pictures becomes a classifier.")
+]
+TemplatesOption = Annotated[
+    Path | None, typer.Option(help="With --class-names: descriptions with {} for the name, one a line.")
+]
+TextModelOption = Annotated[
+    str | None,
+    typer.Option(help="With --class-names: what embeds the descriptions; a model with two towers needs none."),
+]
 WindowsOption = Annotated[int, typer.Option(help="Windows of each text; 0 for all.", min=0)]
 WindowLengthOption = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
 DiskOption = Annotated[

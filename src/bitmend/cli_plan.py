@@ -19,6 +19,7 @@ from bitmend.cli_options import (
     SequenceLengthOption,
     SequencesOption,
     SetOption,
+    TowerOption,
     check_json_path,
     recipe_keys,
     show_table,
@@ -43,6 +44,7 @@ def plan(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the model.")
     ] = False,
+    tower: TowerOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Forecast memory, disk and time of `bitmend quantize` with the same options; nothing is written.
@@ -63,6 +65,7 @@ def plan(
         activations_on_disk=activations_on_disk,
         low_memory=low_memory,
         trust_remote_code=trust_remote_code,
+        tower=None if tower is None else tower.value,
     )
     if json_file is not None:
         write_json(json_file, found.to_json())

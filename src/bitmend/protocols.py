@@ -489,9 +489,12 @@ class ModelAdapter(Protocol):
 
     model: nn.Module
     folder: Path
+    config: Any  # of transformers
     dtype: torch.dtype
     block_names: tuple[str, ...]
     embedding_name: str | None  # None where what is read are no tokens
+    task: str  # the class of transformers that loads such models
+    tower: str | None  # `vision` or `text` where it is a part of a model with two towers
     head_names: tuple[str, ...]  # linear layers behind the last block; none when the head is tied to the embedding
     reads: Literal["tokens", "pictures"]
     first_layer: str | None  # of models that read pictures: the path of the layer that runs first
@@ -701,6 +704,7 @@ class RunReport:
     fingerprint: dict[str, str] = field(default_factory=dict)
     forecast: dict[str, Any] = field(default_factory=dict)
     status: Literal["running", "done"] = "running"
+    tower: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------- where parts are found

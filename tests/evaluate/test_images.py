@@ -128,7 +128,7 @@ def test_a_subset_holds_what_was_asked(model, pictures, processor):
 
 
 def test_texts_and_pictures_do_not_go_together(model, pictures, tiny_text):
-    with pytest.raises(RequestError, match="no model reads both"):
+    with pytest.raises(RequestError, match="no model is scored on two of"):
         evaluate([model], images=[pictures], texts=[tiny_text])
     with pytest.raises(RequestError, match="the model reads pictures, but tokens came; pass --images"):
         evaluate([model], texts=[tiny_text])

@@ -38,11 +38,12 @@ def test_masked_language_model(tmp_path):
     save(tmp_path, "BertForMaskedLM", transformers.BertConfig(**TINY))
     with pytest.raises(
         ModelError,
-        match=r"BertForMaskedLM .*it is not a causal language model; hf_image: it is not an image classifier\); "
+        match=r"BertForMaskedLM .*it reads text in both directions; hf_image: it is not an image classifier; "
+        r"hf_text_encoder: it is no text encoder\); "
         r"found bert\.encoder\.layer \(2 x BertLayer\)",
     ):
         find_adapter(tmp_path)
-    with pytest.raises(ModelError, match=r"holds BertForMaskedLM, and it is not a causal language model; found bert"):
+    with pytest.raises(ModelError, match=r"holds BertForMaskedLM, and it reads text in both directions; found bert"):
         HfCausalLm.open(tmp_path)
 
 

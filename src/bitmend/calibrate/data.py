@@ -209,6 +209,7 @@ def load_calibration(
     sequence_length: int,
     held_out: float,
     seed: int,
+    whole_texts: bool = False,
 ) -> CalibrationSet:
     """Read calibration rows from files or from a hub data set.
 
@@ -233,6 +234,8 @@ def load_calibration(
         sequence_length: tokens in a full row.
         held_out: share of the rows kept back, 0 <= x < 1.
         seed: of the draw and the split.
+        whole_texts: make each text a row, with the tokenizer's special tokens, cut to `sequence_length`; in text files each
+            line is a text. For encoders, which read one text at a time.
 
     Raises:
         RequestError: a number is out of range, or an extra is missing.
@@ -244,7 +247,9 @@ def load_calibration(
     if not sources:
         raise CalibrationError("calibration: at least one file is required, but none came; pass --calibration FILE")
     marks = choose_held_out(sequences, held_out, seed)
-    pools = [read_source(source, tokenizer, sequences, sequence_length, seed) for source in sources]
+    pools = [
+        read_source(source, tokenizer, sequences, sequence_length, seed, whole_texts=whole_texts) for source in sources
+    ]
     drawn = draw_rows(pools, sequences, sequence_length, seed)
     _check_vocabulary(pools, drawn, len(tokenizer))
     parts = (f"{pool.name} ({len(rows)})" for pool, rows in zip(pools, drawn, strict=True))

@@ -328,7 +328,7 @@ class LabelledImages:
         return hashlib.sha256(b"".join(sorted(pairs))).hexdigest()
 
 
-def labelled(path: str | Path, processor: Preprocess, id2label: Mapping[int, str]) -> LabelledImages:
+def labelled(path: str | Path, processor: Preprocess, id2label: Mapping[int, str] | None) -> LabelledImages:
     """Open pictures to evaluate on (see `pictures.open_pictures`), and find each of their classes in the head of a model.
 
     Class folders are matched by name (see `match_classes`), the numbers of an array are those of the head. Classes of the
@@ -337,13 +337,13 @@ def labelled(path: str | Path, processor: Preprocess, id2label: Mapping[int, str
     Args:
         path: class folders, or an archive or array with classes; others are opened, too, but without labels.
         processor: makes what the model reads of pictures.
-        id2label: of the model's config.
+        id2label: of the model's config; None of an encoder, which has no classes.
 
     Raises:
         CalibrationError: the source is missing or damaged, or a class is not one of the head.
     """
     pictures = open_pictures(path)
-    if pictures.labels is None:
+    if pictures.labels is None or id2label is None:
         return LabelledImages(pictures, None, processor)
     if pictures.classes:
         numbers = match_classes(pictures.name, pictures.classes, id2label)

@@ -5,7 +5,7 @@ A pool holds streams, of which windows that do not overlap are candidates, and r
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -58,7 +58,9 @@ class Pool:
         return sum(len(stream) for stream in self.streams) + sum(len(row) for row in self.rows)
 
 
-def read_source(source: str | Path, tokenizer: Any, sequences: int, length: int, seed: int) -> Pool:
+def read_source(
+    source: str | Path, tokenizer: Any, sequences: int, length: int, seed: int, *, whole_texts: bool = False
+) -> Pool:
     """Read one source, by its name (see `data.load_calibration`).
 
     Text and JSON-lines files up to 8 MiB are read whole. Of a larger one, pieces of about 1 MiB that begin and end at
@@ -66,21 +68,27 @@ def read_source(source: str | Path, tokenizer: Any, sequences: int, length: int,
     the file is used up; in text, no sequence reaches across two pieces. Data sets are streamed under the same rule.
     Arrays are memory-mapped.
 
+    With `whole_texts` each line of a text file, and each text of a JSON-lines file or a data set, is a row of its own, as
+    the tokenizer encodes it by itself and cuts it to `length`.
+
     Raises:
         CalibrationError: missing, empty, shorter than one sequence, or not what the name says.
         RequestError: an extra is missing.
     """
     name = str(source)
     wanted = POOL_FACTOR * sequences * length
+    row_length = length if whole_texts else None
     if name.startswith("hf:"):
-        pool = _read_hub(name, tokenizer, wanted, seed)
+        pool = _read_hub(name, _Documents(name, tokenizer, row_length), wanted, seed)
     else:
         path = Path(source)
         _check_file(path)
         if path.suffix == ".npy":
             pool = _read_array(path)
         elif path.suffix == ".jsonl":
-            pool = _read_json_lines(path, tokenizer, wanted, seed)
+            pool = _read_json_lines(path, _Documents(name, tokenizer, row_length), wanted, seed)
+        elif whole_texts:
+            pool = _read_lines(path, _Documents(name, tokenizer, row_length), wanted, seed)
         else:
             pool = _read_text(path, tokenizer, wanted, seed)
     if pool.num_candidates(length) == 0:
@@ -190,8 +198,14 @@ def _read_text(path: Path, tokenizer: Any, wanted: int, seed: int) -> Pool:
     return Pool(str(path), tuple(streams), coverage=coverage)
 
 
-def _read_json_lines(path: Path, tokenizer: Any, wanted: int, seed: int) -> Pool:
-    documents = _Documents(str(path), tokenizer)
+def _read_json_lines(path: Path, documents: "_Documents", wanted: int, seed: int) -> Pool:
+    return _read_lines(path, documents, wanted, seed, _parse_json)
+
+
+def _read_lines(
+    path: Path, documents: "_Documents", wanted: int, seed: int, parse: Callable[[str, str], Any] = lambda text, _: text
+) -> Pool:
+    """Collect what `parse` makes of each line that is not empty; it gets the line and where that stands."""
     coverage = 0.0
     for offset, raw, share in _pieces(path, seed, -1):
         position = offset
@@ -200,7 +214,7 @@ def _read_json_lines(path: Path, tokenizer: Any, wanted: int, seed: int) -> Pool
             where = f"{path}, the line at byte {position}"
             position += len(line)
             if text:
-                documents.add(_parse_json(text, where), where)
+                documents.add(parse(text, where), where)
         coverage += share
         if documents.num_tokens >= wanted:
             break
@@ -235,8 +249,7 @@ def _read_array(path: Path) -> Pool:
     return Pool(str(path), streams=(array,)) if array.ndim == 1 else Pool(str(path), rows=array)
 
 
-def _read_hub(name: str, tokenizer: Any, wanted: int, seed: int) -> Pool:
-    documents = _Documents(name, tokenizer)
+def _read_hub(name: str, documents: "_Documents", wanted: int, seed: int) -> Pool:
     for number, document in enumerate(_hub_rows(name, seed)):
         documents.add(document, f"{name}, row {number}")
         if documents.num_tokens >= wanted:
@@ -268,27 +281,33 @@ def _hub_rows(name: str, seed: int) -> Iterator[Any]:
 
 
 class _Documents:
-    """Collects documents: texts and conversations packed into one stream, token rows as they are."""
+    """Collects documents: texts and conversations packed into one stream, token rows as they are.
 
-    def __init__(self, name: str, tokenizer: Any) -> None:
+    With a `row_length` each text is a row, too, at most that long.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, row_length: int | None = None) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.row_length = row_length
         self.texts: list[np.ndarray] = []
         self.rows: list[np.ndarray] = []
         self.num_tokens = 0
 
     def add(self, document: Any, where: str) -> None:
         """Encode one document; `where` names it in error sentences."""
+        if isinstance(document, dict) and isinstance(document.get("text"), str):
+            document = document["text"]
+        if isinstance(document, str) and self.row_length is not None:
+            row = self.tokenizer(document, truncation=True, max_length=self.row_length, verbose=False)["input_ids"]
+            self._add_row(np.asarray(row, dtype=np.int64))
+            return
         if isinstance(document, str):
             ids = self._close(self.tokenizer(document, verbose=False)["input_ids"])
-        elif isinstance(document, dict) and isinstance(document.get("text"), str):
-            ids = self._close(self.tokenizer(document["text"], verbose=False)["input_ids"])
         elif isinstance(document, dict) and isinstance(document.get("messages"), list):
             ids = self._conversation(document["messages"], where)
         elif isinstance(document, dict) and "input_ids" in document:
-            row = _token_row(document["input_ids"], where)
-            self.rows.append(row)
-            self.num_tokens += len(row)
+            self._add_row(_token_row(document["input_ids"], where))
             return
         else:
             keys = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
@@ -298,6 +317,11 @@ class _Documents:
             )
         self.texts.append(np.asarray(ids, dtype=np.int64))
         self.num_tokens += len(ids)
+
+    def _add_row(self, row: np.ndarray) -> None:
+        if len(row):  # a tokenizer without special tokens makes nothing of a text that it does not know
+            self.rows.append(row)
+            self.num_tokens += len(row)
 
     def pool(self, coverage: float) -> Pool:
         """Return everything added so far."""

@@ -1,4 +1,4 @@
-"""Score language models on texts and image classifiers on pictures: perplexity, top-1, and agreement with a reference.
+"""Score models: perplexity on texts, top-1 on pictures, embeddings of encoders, and agreement with a reference.
 
 Networks run in float32 unless asked otherwise. bfloat16 is too coarse to judge good repairs by: on the books model (16
 windows of 512 tokens of the validation text) the same network in bfloat16 is 9e-5 nats a token from itself in float32,
@@ -18,6 +18,7 @@ from torch import Tensor
 from bitmend.calibrate.images import LabelledImages, labelled
 from bitmend.errors import RequestError
 from bitmend.evaluate.agreement import AgreementSummary, score_tokens, summarise
+from bitmend.evaluate.embeddings import embed_pairs, read_pairs, score_embedded_pictures, score_pairs
 from bitmend.evaluate.images import all_logits, labels_of, score_pictures
 from bitmend.evaluate.load import LoadedModel, check_context, load_model
 from bitmend.evaluate.perplexity import negative_log_likelihood, perplexity
@@ -25,6 +26,8 @@ from bitmend.evaluate.reference import Reference, ReferenceLogits, check_same_to
 from bitmend.evaluate.reference_cache import ReferenceCache, default_folder
 from bitmend.evaluate.results import EvaluationReport, ModelResult, TextResult
 from bitmend.evaluate.windows import TokenWindows, read_windows
+from bitmend.evaluate.zero_shot import ZeroShot, zero_shot_classifier
+from bitmend.models.architecture import two_towers
 from bitmend.models.loading import read_config, resolve_model
 from bitmend.protocols import Progress, SilentProgress
 
@@ -35,6 +38,9 @@ class _Settings:
 
     texts: tuple[Path, ...]
     images: tuple[Path, ...]
+    pairs: tuple[Path, ...]
+    zero_shot: ZeroShot | None
+    text_model: Path | str | LoadedModel | None
     windows: int | None
     window_length: int
     batch_size: int
@@ -50,6 +56,9 @@ def evaluate(
     *,
     texts: Sequence[Path | str] = (),
     images: Sequence[Path | str] = (),
+    pairs: Sequence[Path | str] = (),
+    zero_shot: ZeroShot | None = None,
+    text_model: Path | str | LoadedModel | None = None,
     reference: Path | str | LoadedModel | None = None,
     windows: int | None = 160,
     window_length: int = 512,
@@ -68,7 +77,10 @@ def evaluate(
     Args:
         models: folders, hub names, or models in memory; one at a time is loaded.
         texts: UTF-8 files, for language models.
-        images: folders of class folders, or archives of them, for image classifiers.
+        images: folders of class folders, or archives of them, for image classifiers and encoders.
+        pairs: files of sentence pairs, for text encoders.
+        zero_shot: what describes the classes, for encoders of pictures that are to be used as classifiers.
+        text_model: what embeds these descriptions; None: the text tower of a model with two.
         reference: what `kl` and `top1_agreement` are taken against; None leaves them out.
         windows: how many windows of each text, at most; None for all.
         pictures: how many pictures of each set, at most; None for all.
@@ -90,23 +102,36 @@ def evaluate(
     Cost: one forward pass of each model and, unless cached, of the reference; memory of one batch of logits of both
     (2 x batch x window x vocabulary numbers) and of the reference's final hidden states.
     """
-    if not models or not (texts or images) or batch_size < 1:
+    if not models or not (texts or images or pairs) or batch_size < 1:
         raise RequestError(
-            f"evaluate: at least one model, one text (or set of pictures) and a batch of one are required, but "
-            f"{len(models)} models, {len(texts)} texts, {len(images)} sets of pictures and a batch of {batch_size} came; "
-            "give what is missing"
+            f"evaluate: at least one model, one text (or set of pictures or pairs) and a batch of one are required, but "
+            f"{len(models)} models, {len(texts)} texts, {len(images)} sets of pictures, {len(pairs)} files of pairs and a "
+            f"batch of {batch_size} came; give what is missing"
         )
-    if texts and images:
-        raise RequestError("evaluate: no model reads both texts and pictures; give one kind")
+    if sum(map(bool, (texts, images, pairs))) > 1:
+        raise RequestError("evaluate: no model is scored on two of texts, pictures and sentence pairs; give one kind")
+    if zero_shot is not None and not images:
+        raise RequestError("evaluate: names of classes need pictures to name, but none came; pass --images PATH")
     for source in models:
         if not isinstance(source, LoadedModel):
             read_config(resolve_model(source))  # a wrong name is told before the first model has run for minutes
     shown = progress or SilentProgress()
     settings = _Settings(
-        tuple(map(Path, texts)), tuple(map(Path, images)), windows, window_length, batch_size, pictures, shown
+        tuple(map(Path, texts)),
+        tuple(map(Path, images)),
+        tuple(map(Path, pairs)),
+        zero_shot,
+        text_model,
+        windows,
+        window_length,
+        batch_size,
+        pictures,
+        shown,
     )
     if images:
         return _score_on_pictures(models, reference, settings, device, dtype)
+    if pairs:
+        return _score_on_pairs(models, reference, settings, device, dtype)
     compared: Reference | None = None
     answers: list[tuple[TokenWindows, ReferenceLogits]] = []
     if reference is not None:
@@ -132,8 +157,8 @@ def _score_on_pictures(
     answers: list[Float[Tensor, "image label"] | None] = [None] * len(settings.images)
     name, classes = None, None
     if reference is not None:
-        asked = _loaded(reference, device, dtype, "pictures")
-        name, classes = asked.name, labels_of(asked)
+        asked = _of_pictures(reference, settings, device, dtype, own_text=True)
+        name, classes = asked.name, _classes_of(asked)
         for place, path in enumerate(settings.images):
             found = _labelled(asked, path)
             label = f"{asked.name} (reference) on {path}"
@@ -143,8 +168,11 @@ def _score_on_pictures(
         del asked
     results = []
     for source in models:
-        model = _loaded(source, device, dtype, "pictures")
-        if classes is not None and labels_of(model) != classes:
+        model = _of_pictures(source, settings, device, dtype)
+        if model.gives == "embeddings":
+            results.append(_embedded(model, settings, answers))
+            continue
+        if classes is not None and _classes_of(model) != classes:
             raise RequestError(
                 f"{model.name}: the classes of the reference {name} are required, in the same order, but its own differ; "
                 "compare a model with the one it was made from"
@@ -165,15 +193,103 @@ def _score_on_pictures(
     return EvaluationReport(tuple(results), name, str(dtype).removeprefix("torch."), str(device))
 
 
+def _of_pictures(
+    source: Path | str | LoadedModel,
+    settings: _Settings,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    own_text: bool = False,
+) -> LoadedModel:
+    """Return a model of pictures; where classes are described, the classifier that an encoder makes with them.
+
+    A reference with two towers describes classes by its own, whatever describes them for the others.
+    """
+    model = _loaded(source, device, dtype, "pictures")
+    if settings.zero_shot is None:
+        return model
+    whole = not isinstance(source, LoadedModel) and two_towers(read_config(resolve_model(source)))
+    described = source if settings.text_model is None or (own_text and whole) else settings.text_model
+    text = described if isinstance(described, LoadedModel) else load_model(described, device, dtype, "text")
+    return zero_shot_classifier(model, text, settings.zero_shot, settings.batch_size, settings.progress)
+
+
+def _embedded(model: LoadedModel, settings: _Settings, answers: Sequence[Tensor | None]) -> ModelResult:
+    """Score an encoder of pictures by its embeddings alone."""
+    found = []
+    for path, answer in zip(settings.images, answers, strict=True):
+        if answer is None:
+            raise RequestError(
+                f"{model.name}: an encoder of pictures can only be compared with a reference; pass --reference MODEL, or "
+                "name classes with --class-names FILE"
+            )
+        found.append(
+            score_embedded_pictures(
+                model,
+                _labelled(model, path),
+                batch_size=settings.batch_size,
+                count=settings.pictures,
+                reference=answer,
+                progress=settings.progress,
+            )
+        )
+    return ModelResult(model.name, embeddings=tuple(found))
+
+
+def _score_on_pairs(
+    models: Sequence[Path | str | LoadedModel],
+    reference: Path | str | LoadedModel | None,
+    settings: _Settings,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> EvaluationReport:
+    files = [read_pairs(path) for path in settings.pairs]
+    answers: list[Tensor | None] = [None] * len(files)
+    name = None
+    if reference is not None:
+        asked = _encoder_of_texts(reference, device, dtype)
+        name = asked.name
+        answers = [embed_pairs(asked, pairs, settings.batch_size, settings.progress) for pairs in files]
+        del asked
+    results = []
+    for source in models:
+        model = _encoder_of_texts(source, device, dtype)
+        scored = [
+            score_pairs(model, pairs, batch_size=settings.batch_size, reference=answer, progress=settings.progress)
+            for pairs, answer in zip(files, answers, strict=True)
+        ]
+        results.append(ModelResult(model.name, embeddings=tuple(scored)))
+        del model  # before the next one is loaded
+    return EvaluationReport(tuple(results), name, str(dtype).removeprefix("torch."), str(device))
+
+
+def _encoder_of_texts(source: Path | str | LoadedModel, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
+    model = _loaded(source, device, dtype, "tokens", tower="text")
+    if model.gives != "embeddings":
+        raise RequestError(
+            f"{model.name}: an encoder is required to embed sentences, but it is a language model; pass --text FILE"
+        )
+    return model
+
+
+def _classes_of(model: LoadedModel) -> dict[int, str] | None:
+    """Return the names of a classifier's classes by number; None of an encoder."""
+    return labels_of(model) if model.gives == "logits" else None
+
+
 def _labelled(model: LoadedModel, path: Path) -> LabelledImages:
     assert model.processor is not None
-    return labelled(path, model.processor, labels_of(model))
+    return labelled(path, model.processor, _classes_of(model))
 
 
 def _loaded(
-    source: Path | str | LoadedModel, device: str | torch.device, dtype: torch.dtype, reads: str
+    source: Path | str | LoadedModel,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    reads: str,
+    tower: str | None = None,
 ) -> LoadedModel:
-    model = source if isinstance(source, LoadedModel) else load_model(source, device, dtype)
+    tower = tower or ("vision" if reads == "pictures" else None)
+    model = source if isinstance(source, LoadedModel) else load_model(source, device, dtype, tower)
     if model.model.training:
         raise RequestError(f"{model.name}: a model in evaluation mode is required, but it is training; call .eval()")
     if model.reads != reads:

@@ -15,6 +15,7 @@ from bitmend.errors import NumericsError, RequestError
 from bitmend.evaluate.agreement import AgreementSummary, score_tokens, summarise
 from bitmend.evaluate.load import LoadedModel
 from bitmend.evaluate.results import ImageResult
+from bitmend.models.hf_image import answer_of
 from bitmend.numerics.products import FastLinear
 from bitmend.protocols import ImageBatch, Progress
 
@@ -23,7 +24,7 @@ TOP = 5
 
 
 def run_on_pictures(model: LoadedModel, batch: ImageBatch) -> Float[Tensor, "image label"]:
-    """Return the logits of a model that is in evaluation mode, float32, on the CPU.
+    """Return the logits of a model that is in evaluation mode, or an encoder's embeddings, float32, on the CPU.
 
     Raises:
         RequestError: the model cannot read pictures of that size.
@@ -32,7 +33,7 @@ def run_on_pictures(model: LoadedModel, batch: ImageBatch) -> Float[Tensor, "ima
     network: Any = model.model
     try:
         with torch.no_grad(), FastLinear():
-            logits: Tensor = network(pixel_values=batch.pixels.to(network.device, network.dtype)).logits
+            logits = answer_of(network(pixel_values=batch.pixels.to(network.device, network.dtype)))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from bitmend.errors import CheckpointError, QuantizationError, RequestError
-from bitmend.models.architecture import why_no_image_classifier
+from bitmend.models.architecture import encoder_class, tower_config, two_towers, why_no_image_classifier
 from bitmend.models.bounds import no_more_than, stored
 from bitmend.models.image_processor import PixelsOf, channels_of, load_processor
 from bitmend.models.loading import CAUSAL_LM, CONFIG_FILE, IMAGE_CLASSIFIER, read_config, resolve_model
@@ -27,20 +27,24 @@ from bitmend.models.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model or an image classifier in memory, in evaluation mode.
+    """A causal language model, an image classifier or an encoder in memory, in evaluation mode.
 
     Attributes:
         name: what reports call it.
         model: of transformers, or alike: `model(input_ids=..., use_cache=False).logits`, `config`, `device`; of an image
             classifier `model(pixel_values=...).logits`.
-        tokenizer: of transformers; None of an image classifier.
-        processor: makes pixels of pictures; None of a language model.
+        tokenizer: of transformers; None of a model of pictures.
+        processor: makes pixels of pictures; None of a model of texts.
+        gives: what comes out of it.
+        folder: where it comes from; None of a model that was made in memory.
     """
 
     name: str
     model: nn.Module
     tokenizer: Any
     processor: PixelsOf | None = None
+    gives: Literal["logits", "embeddings"] = "logits"
+    folder: Path | None = None
 
     @property
     def reads(self) -> Literal["tokens", "pictures"]:
@@ -53,13 +57,16 @@ def register_formats() -> None:
     importlib.import_module("bitmend.formats.hf_quantizer")
 
 
-def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Load a language model and its tokenizer, or an image classifier and its processor, from a folder or by a hub name.
+def load_model(
+    source: str | Path, device: str | torch.device, dtype: torch.dtype, tower: str | None = None
+) -> LoadedModel:
+    """Load a model and its tokenizer, or, if it reads pictures, its processor, from a folder or by a hub name.
 
     Args:
         source: folder or hub name.
         device: where the network goes.
         dtype: of weights that are not quantised and of all activations.
+        tower: which part of a model with two towers; of no meaning for other models.
 
     Raises:
         ModelError: no such model, transformers does not know its architecture, or it has no tokenizer.
@@ -71,10 +78,13 @@ def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtyp
     config = read_config(folder)
     _check_quantization(folder)
     check_index(folder)
-    pictures = why_no_image_classifier(config) is None
+    whole = not (two_towers(config) and tower is not None)
+    if not whole and tower is not None:
+        config = tower_config(config, tower)
+    task, pictures = _task_of(config)
     tokenizer = None if pictures else load_tokenizer(folder)
     processor = load_processor(folder, channels_of(config)) if pictures else None
-    maker = getattr(transformers, IMAGE_CLASSIFIER if pictures else CAUSAL_LM)
+    maker = getattr(transformers, task)
     try:
         with _without_progress_bars(), no_more_than(stored(folder)):
             model, loading = maker.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
@@ -86,8 +96,20 @@ def load_model(source: str | Path, device: str | torch.device, dtype: torch.dtyp
             f"{folder}: a complete checkpoint that transformers can load is required, but loading failed ({reason}); "
             "copy the model again, or install what the message asks for"
         ) from error
-    _check_loading(folder, loading)
-    return LoadedModel(str(source), model.to(device).eval(), tokenizer, processor)
+    _check_loading(folder, loading if whole else {**loading, "unexpected_keys": ()})  # those of the other tower
+    gives: Literal["logits", "embeddings"] = "logits" if task in (CAUSAL_LM, IMAGE_CLASSIFIER) else "embeddings"
+    return LoadedModel(str(source), model.to(device).eval(), tokenizer, processor, gives, folder)
+
+
+def _task_of(config: Any) -> tuple[str, bool]:
+    """Return the class of transformers that loads a model, and whether it reads pictures."""
+    for reads in ("tokens", "pictures"):
+        encoder = encoder_class(config, reads)
+        if encoder is not None:
+            return encoder, reads == "pictures"
+    if why_no_image_classifier(config) is None:
+        return IMAGE_CLASSIFIER, True
+    return CAUSAL_LM, False
 
 
 def check_context(model: LoadedModel, window_length: int) -> None:

@@ -79,12 +79,41 @@ class ImageResult:
 
 
 @dataclass(frozen=True)
+class EmbeddingResult:
+    """One encoder on the sentence pairs of a file, or on a set of pictures.
+
+    Attributes:
+        path: the file, folder or archive.
+        count: how many embeddings were compared.
+        similarity: mean cosine between a model's embedding and the reference's; None without a reference, as the next two.
+        similarity_low: below it lie 1 % of these cosines.
+        rank_correlation: Spearman's, over the pairs of the file, of the cosine of a pair with the reference's; None for
+            pictures, as all below but the last two.
+        score_correlation: Spearman's of the cosine of a pair with its score; None where the file has no scores.
+        reference_score_correlation: the same of the reference.
+        sha256: of what was embedded.
+        seconds: wall time, reading included.
+    """
+
+    path: str
+    count: int
+    similarity: float | None
+    similarity_low: float | None
+    rank_correlation: float | None
+    score_correlation: float | None
+    reference_score_correlation: float | None
+    sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ModelResult:
-    """One model on all texts, or on all sets of pictures."""
+    """One model on all texts, on all sets of pictures, or an encoder on all that it embeds."""
 
     model: str
     texts: tuple[TextResult, ...] = ()
     images: tuple[ImageResult, ...] = ()
+    embeddings: tuple[EmbeddingResult, ...] = ()
 
 
 @dataclass(frozen=True)

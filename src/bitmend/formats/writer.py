@@ -146,6 +146,7 @@ class CheckpointWriter:
         quantization_config: Mapping[str, Any] | None,
         documents: Mapping[str, str | Mapping[str, Any]],
         *,
+        base: Mapping[str, Any] | None = None,
         config_changes: Mapping[str, Any] | None = None,
         check: Callable[[Path], object] | None = None,
     ) -> Path:
@@ -155,6 +156,7 @@ class CheckpointWriter:
             quantization_config: goes into config.json; in bitmend's own format `files` is filled with checksums. None
                 removes the source's one.
             documents: further files, name -> text or JSON, such as run.json and recipe.toml. ledger.json is made here.
+            base: config.json of the model, where it is only a part of the source; None for the source's own.
             config_changes: other keys of config.json to set.
             check: called with the complete folder just before the rename; what it raises ends the write.
 
@@ -170,7 +172,7 @@ class CheckpointWriter:
             shutil.rmtree(self._model, ignore_errors=True)  # half of it, by a run that was killed in here
             self._model.mkdir()
             digests = self._write_shards()
-            config = self._final_config(quantization_config, digests, config_changes or {})
+            config = self._final_config(quantization_config, digests, base, config_changes or {})
             self._copy_companions()
             for name, content in documents.items():
                 self._write_document(name, content)
@@ -236,10 +238,14 @@ class CheckpointWriter:
 
     # ------------------------------------------------------------------------------------------ the other files
     def _final_config(
-        self, quantization_config: Mapping[str, Any] | None, digests: Mapping[str, str], changes: Mapping[str, Any]
+        self,
+        quantization_config: Mapping[str, Any] | None,
+        digests: Mapping[str, str],
+        base: Mapping[str, Any] | None,
+        changes: Mapping[str, Any],
     ) -> dict[str, Any]:
         path = self.source / "config.json"
-        config = parse_json(path.read_bytes(), str(path))
+        config = parse_json(path.read_bytes(), str(path)) if base is None else dict(base)
         config.pop("quantization_config", None)
         config |= changes
         if quantization_config is not None:

@@ -1,4 +1,4 @@
-"""What a config says a model is, and whether it is a causal language model."""
+"""What a config says a model is: a causal language model, an image classifier, or an encoder of text or pictures."""
 
 import copy
 from collections import Counter
@@ -14,6 +14,9 @@ from bitmend.errors import ModelError
 from bitmend.models.loading import IMAGE_CLASSIFIER
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+ENCODER_ENDINGS = ("TextModel", "VisionModel", "ModelWithProjection")
+TOWERS = ("vision", "text")
+KEYS_OF = {"tokens": ("vocab_size",), "pictures": ("num_channels", "image_size")}
 
 
 def architecture_name(config: Any) -> str:
@@ -53,7 +56,11 @@ def why_not_causal(config: Any) -> str | None:
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return "it is not a causal language model"
     named = _named(config)
-    if not named or named[0].endswith(CAUSAL_ENDINGS) or named[0] in _class_names(config):
+    if named and named[0].endswith(CAUSAL_ENDINGS):
+        return None
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return "it reads text in both directions"
+    if not named or named[0] in _class_names(config):
         return None
     return "it is not a causal language model"
 
@@ -71,6 +78,58 @@ def why_no_image_classifier(config: Any) -> str | None:
     if not named or named[0] in known:
         return None
     return f"it is {named[0]} and not an image classifier"
+
+
+def encoder_class(config: Any, reads: str) -> str | None:
+    """Return the class of transformers that builds an encoder of `tokens` or `pictures`; None where it is none."""
+    if two_towers(config) or getattr(config, "is_encoder_decoder", False) or why_not_causal(config) is None:
+        return None
+    if not any(hasattr(config, key) for key in KEYS_OF[reads]) or (
+        reads == "pictures" and hasattr(config, "vocab_size")
+    ):
+        return None
+    named = _named(config)
+    base = transformers.MODEL_MAPPING[type(config)].__name__ if type(config) in transformers.MODEL_MAPPING else None
+    if not named:
+        return base
+    kind = getattr(transformers, named[0], None)
+    own = getattr(kind, "config_class", None) is type(config)
+    return named[0] if named[0] == base or (own and named[0].endswith(ENCODER_ENDINGS)) else None
+
+
+def two_towers(config: Any) -> bool:
+    """Return whether a model is made of one encoder for text and another for pictures, as CLIP is."""
+    parts = getattr(config, "text_config", None), getattr(config, "vision_config", None)
+    return None not in parts and all(tower_class(config, tower) for tower in TOWERS)
+
+
+def tower_class(config: Any, tower: str) -> str | None:
+    """Return the class of transformers that is one tower of a model with two, and reads its tensors by the same names."""
+    stem = architecture_name(config).removesuffix("Model")
+    name = f"{stem}{tower.capitalize()}ModelWithProjection"
+    kind, part = getattr(transformers, name, None), getattr(config, f"{tower}_config", None)
+    return name if kind is not None and getattr(kind, "config_class", None) is type(part) else None
+
+
+def tower_config(config: Any, tower: str) -> Any:
+    """Return the config of one tower, which names the class that reads it.
+
+    Raises:
+        ModelError: the model has no two towers.
+    """
+    if tower not in TOWERS:
+        raise ModelError(f"a tower is {' or '.join(TOWERS)}, but {tower!r} came; give one of them")
+    if not two_towers(config):
+        raise ModelError(
+            f"a model with a vision and a text tower, such as CLIPModel, is required to take its {tower} tower, but it is "
+            f"{architecture_name(config)}; leave the tower out"
+        )
+    part = copy.deepcopy(getattr(config, f"{tower}_config"))
+    part.architectures = [tower_class(config, tower)]
+    for key in ("dtype", "projection_dim"):  # what stands in the whole config holds for its parts
+        if getattr(config, key, None) is not None:
+            setattr(part, key, getattr(config, key))
+    return part
 
 
 def _class_names(config: Any) -> set[str]:

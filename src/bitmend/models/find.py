@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from bitmend.errors import ModelError
-from bitmend.models.architecture import architecture_name, modules_found, refuse_quantised
+from bitmend.models.architecture import (
+    TOWERS,
+    architecture_name,
+    modules_found,
+    refuse_quantised,
+    tower_config,
+    two_towers,
+)
 from bitmend.models.loading import read_config, resolve_model
 from bitmend.protocols import ADAPTERS, ModelAdapter
 
@@ -17,10 +24,18 @@ def find_adapter(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
+    tower: str | None = None,
 ) -> ModelAdapter:
     """Open a local folder or a hub name with the first adapter that can read it.
 
     An adapter says so in its class method `why_not(config)`, and opens the folder in `open`.
+
+    Args:
+        model: folder or hub name.
+        dtype: None for the model's own.
+        device: where to compute; None for the CPU.
+        trust_remote_code: allow code that comes with the model.
+        tower: which part of a model with two towers.
 
     Raises:
         ModelError: no adapter reads the architecture, or the model cannot be loaded.
@@ -29,12 +44,22 @@ def find_adapter(
     folder = resolve_model(model)
     config = read_config(folder, trust_remote_code)
     refuse_quantised(config, folder)
+    if tower is not None:
+        config = tower_config(config, tower)
+    elif two_towers(config):
+        raise ModelError(
+            f"{folder} holds {architecture_name(config)}, which has two towers; pass --tower {' or --tower '.join(TOWERS)}"
+        )
     reasons: list[str] = []
     for entry in ADAPTERS:
         reason = entry.part.why_not(config)
         if reason is None:
             opened: Any = entry.part.open(
-                folder, dtype=dtype, device=device or torch.device("cpu"), trust_remote_code=trust_remote_code
+                folder,
+                dtype=dtype,
+                device=device or torch.device("cpu"),
+                trust_remote_code=trust_remote_code,
+                tower=tower,
             )
             adapter: ModelAdapter = opened
             return adapter

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitmend.errors import ModelError
-from bitmend.models.architecture import architecture_name, modules_found, refuse_quantised
+from bitmend.models.architecture import architecture_name, modules_found, refuse_quantised, tower_config
 from bitmend.models.attention import use_rounding_attention_
 from bitmend.models.bounds import stored
 from bitmend.models.experts import unpack_experts_
-from bitmend.models.loading import empty_model, read_config
+from bitmend.models.loading import AUTO_MODEL, empty_model, read_config
 from bitmend.models.shards import ShardedWeights
 from bitmend.models.tensor_source import TensorSource, buffers_to, outside
 from bitmend.numerics.products import FastLinear
@@ -29,17 +29,17 @@ class HfBlocks(ABC):
     """A model of transformers whose blocks are read one at a time; all else is loaded.
 
     Attributes:
-        task: the class of transformers that builds such models from configs.
         wanted: such a model in words, for error sentences.
+        tower: which part of a model with two towers this is; None where it is a whole model.
         model: blocks are on meta until `load_block`.
         folder: where the model comes from.
-        config: of transformers, as read from the folder.
+        config: of transformers, as read from the folder; of a tower, its part of it.
         dtype: of the loaded weights and of the activations.
         device: where all of it is.
         block_names: full paths of the blocks in the order in which they run.
     """
 
-    task: ClassVar[str]
+    tower: str | None = None
     wanted: ClassVar[str]
     block_names: tuple[str, ...]
     _trusted = False
@@ -59,6 +59,17 @@ class HfBlocks(ABC):
         """Return why this adapter cannot read a model of `config`, or None when it may try."""
 
     @classmethod
+    @abstractmethod
+    def task_of(cls, config: Any) -> str:
+        """Return the class of transformers that builds a model of `config`: an Auto class, or the model's own."""
+
+    @property
+    def task(self) -> str:
+        """The class of transformers that loads such models: an Auto class where there is one."""
+        task = self.task_of(self.config)
+        return task if task.startswith("Auto") or self.tower is not None or task.endswith("Projection") else AUTO_MODEL
+
+    @classmethod
     def open(
         cls: type[Opened],
         folder: Path,
@@ -66,6 +77,7 @@ class HfBlocks(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device = CPU,
         trust_remote_code: bool = False,
+        tower: str | None = None,
     ) -> Opened:
         """Open a model folder and load what lies outside the blocks.
 
@@ -74,6 +86,7 @@ class HfBlocks(ABC):
             dtype: None for the model's own: that of the config, else that of the stored tensors.
             device: where to compute.
             trust_remote_code: allow code that comes with the model.
+            tower: `vision` or `text`: that part of a model with two towers, such as CLIP.
 
         Raises:
             ModelError: the folder is incomplete, quantised already, or of an architecture that is not read here.
@@ -81,6 +94,8 @@ class HfBlocks(ABC):
         """
         config = read_config(folder, trust_remote_code)
         refuse_quantised(config, folder)
+        if tower is not None:
+            config = tower_config(config, tower)
         reason = cls.why_not(config)
         if reason is not None:
             raise ModelError(
@@ -89,12 +104,12 @@ class HfBlocks(ABC):
         held = stored(folder)
         weights = ShardedWeights(folder)
         dtype = dtype or own_dtype(config) or weights.floating_dtype
-        model = empty_model(config, dtype, trust_remote_code, held, task=cls.task)
+        model = empty_model(config, dtype, trust_remote_code, held, task=cls.task_of(config))
         unpack_experts_(model)
         buffers_to(model, device)
         source = TensorSource(model, weights, dtype=dtype, device=device)
         opened = cls._of(model, folder, config, source, trust_remote_code)
-        opened._trusted = trust_remote_code
+        opened._trusted, opened.tower = trust_remote_code, tower
         return opened
 
     @classmethod
@@ -107,7 +122,9 @@ class HfBlocks(ABC):
 
     def reopened(self: Opened, dtype: torch.dtype) -> Opened:
         """Return the same model opened once more, in another dtype."""
-        return self.open(self.folder, dtype=dtype, device=self.device, trust_remote_code=self._trusted)
+        return self.open(
+            self.folder, dtype=dtype, device=self.device, trust_remote_code=self._trusted, tower=self.tower
+        )
 
     # ------------------------------------------------------------------------------------------ running
     @abstractmethod

@@ -1,4 +1,6 @@
-"""Image classifiers of transformers, block by block from disk: ViT, DeiT, Swin, ResNet, ConvNeXt, BEiT and their like.
+"""Models of pictures of transformers, block by block from disk: ViT, DeiT, Swin, ResNet, ConvNeXt, CLIP's vision tower.
+
+They are classifiers, or encoders, which give an embedding of each picture.
 
 Nothing here knows a model by name. The blocks are the links of the chain that leads from the pictures towards the head
 (`chain.py`), the convolution or embedding that reads the pictures among them; what lies behind the last block is run by the
@@ -13,19 +15,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from bitmend.errors import ModelError, RequestError
-from bitmend.models.architecture import why_no_image_classifier
+from bitmend.models.architecture import encoder_class, two_towers, why_no_image_classifier
 from bitmend.models.attention import find_attentions
 from bitmend.models.chain import Chain, find_chain
 from bitmend.models.detour import detour
 from bitmend.models.hf_blocks import HfBlocks
 from bitmend.models.image_processor import COMBINED_FILE, PROCESSOR_FILE, channels_of, load_processor
-from bitmend.models.loading import IMAGE_CLASSIFIER
+from bitmend.models.loading import IMAGE_CLASSIFIER, build
 from bitmend.models.tensor_source import TensorSource, outside
 from bitmend.models.tracing import describe, trace_block
 from bitmend.models.wiring import find_wiring
@@ -38,7 +39,7 @@ TRACE_ROWS = 2
 
 @ADAPTERS.register("hf_image")
 class HfImage(HfBlocks):
-    """Image classifiers of transformers, told apart by structure and not by name.
+    """Image classifiers and encoders of transformers, told apart by structure and not by name.
 
     Attributes:
         embedding_name: None; the layer that reads the pictures belongs to a block.
@@ -47,8 +48,7 @@ class HfImage(HfBlocks):
         idle: paths of layers outside the blocks that never run.
     """
 
-    task: ClassVar[str] = IMAGE_CLASSIFIER
-    wanted: ClassVar[str] = "an image classifier"
+    wanted: ClassVar[str] = "an image classifier or encoder"
     reads: ClassVar[Literal["tokens", "pictures"]] = "pictures"
     embedding_name: ClassVar[None] = None
     # A picture is one place; how many rows a layer makes of it stands in `SiteGroup.rows_per_place`.
@@ -79,14 +79,23 @@ class HfImage(HfBlocks):
     @classmethod
     def why_not(cls, config: Any) -> str | None:
         """Return why this adapter cannot read a model of `config`, or None when it may try."""
-        return why_no_image_classifier(config)
+        if two_towers(config):
+            return "it has two towers, of which one has to be chosen"
+        return None if encoder_class(config, "pictures") else why_no_image_classifier(config)
+
+    @classmethod
+    def task_of(cls, config: Any) -> str:
+        """Return the class of transformers that builds such a model."""
+        return encoder_class(config, "pictures") or IMAGE_CLASSIFIER
 
     @classmethod
     def _of(
         cls, model: nn.Module, folder: Path, config: Any, source: TensorSource, trust_remote_code: bool
     ) -> "HfImage":
         """Return the adapter of an empty model, which looks at the shapes of a second one."""
-        return cls(model, folder, config, source, _twin_of(config, source.dtype, trust_remote_code))
+        return cls(
+            model, folder, config, source, _twin_of(cls.task_of(config), config, source.dtype, trust_remote_code)
+        )
 
     # ------------------------------------------------------------------------------------------ shapes
     def chain(self, shape: tuple[int, ...]) -> Chain:
@@ -158,8 +167,7 @@ class HfImage(HfBlocks):
             return link.wrap(hidden if index == last else hidden.new_full((len(pixels), *link.output_shape), torch.nan))
 
         with detour([self.block(index) for index in range(len(links))], replace):
-            logits: Tensor = self.model(pixel_values=pixels).logits
-        return logits
+            return answer_of(self.model(pixel_values=pixels))
 
     # ------------------------------------------------------------------------------------------ what is in a block
     def describe_block(self, index: int, batch: Batch) -> Block:
@@ -229,8 +237,16 @@ def _image_shape(config: Any, folder: Path) -> tuple[int, int, int]:
     return channels_of(config), height, width
 
 
-def _twin_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    maker = getattr(transformers, IMAGE_CLASSIFIER)
+def answer_of(output: Any) -> Tensor:
+    """Return the logits from what a model of pictures gives; of an encoder the embedding of each picture."""
+    for name in ("logits", "image_embeds", "pooler_output"):
+        found = output.get(name)
+        if isinstance(found, Tensor):
+            return found
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+def _twin_of(task: str, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     with no_init_weights(), torch.device("meta"):
-        twin: nn.Module = maker.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, dtype=dtype)
-    return twin.eval()
+        return build(task, copy.deepcopy(config), trust_remote_code, dtype=dtype).eval()

@@ -19,6 +19,7 @@ from bitmend.models.bounds import Stored, check_counts, no_more_than, refuse_spe
 
 CONFIG_FILE = "config.json"
 CAUSAL_LM, IMAGE_CLASSIFIER = "AutoModelForCausalLM", "AutoModelForImageClassification"
+AUTO_MODEL = "AutoModel"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
@@ -109,7 +110,7 @@ def empty_model(
         dtype: of parameters and computed buffers; None for the config's own.
         trust_remote_code: allow code that comes with the model.
         held: how much the weight files hold; None does not bound the model.
-        task: a class of transformers that builds models from configs.
+        task: a class of transformers: an Auto class, or a model's own.
 
     Raises:
         ModelError: transformers cannot build the model.
@@ -117,12 +118,11 @@ def empty_model(
     """
     config = copy.deepcopy(config)
     options = {} if dtype is None else {"dtype": dtype}
-    maker = getattr(transformers, task)
     if held is not None:
-        _build_nothing(maker, config, trust_remote_code, held)
+        _build_nothing(task, config, trust_remote_code, held)
     try:
         with no_init_weights(), _parameters_on_meta():
-            model: nn.Module = maker.from_config(config, trust_remote_code=trust_remote_code, **options)
+            model = build(task, config, trust_remote_code, **options)
     except Exception as error:  # as above
         if task in (getattr(config, "auto_map", None) or {}) and not trust_remote_code:
             raise ModelError(f"the model needs code that comes with it; {TRUST_HINT}") from error
@@ -133,14 +133,25 @@ def empty_model(
     return model.eval()
 
 
-def _build_nothing(maker: Any, config: Any, trust_remote_code: bool, held: Stored) -> None:
+def build(task: str, config: Any, trust_remote_code: bool = False, **options: Any) -> nn.Module:
+    """Return a new model of a class of transformers, an Auto class or a model's own; `config` becomes its config."""
+    maker = getattr(transformers, task)
+    model: nn.Module
+    if hasattr(maker, "from_config"):
+        model = maker.from_config(config, trust_remote_code=trust_remote_code, **options)
+    else:
+        model = maker._from_config(config, **options)
+    return model
+
+
+def _build_nothing(task: str, config: Any, trust_remote_code: bool, held: Stored) -> None:
     """Build the model without any memory, buffers neither, to see what it asks for.
 
     What else may go wrong is for the real building to tell.
     """
     try:
         with no_init_weights(), torch.device("meta"), no_more_than(held):
-            maker.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+            build(task, copy.deepcopy(config), trust_remote_code)
     except QuantizationError:
         raise
     except Exception:  # code of a model that cannot be built on meta

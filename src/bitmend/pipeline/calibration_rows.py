@@ -7,6 +7,7 @@ from bitmend.calibrate.data import CalibrationSet, Split, load_calibration
 from bitmend.calibrate.images import ImageSet, load_images
 from bitmend.errors import RequestError
 from bitmend.models.image_processor import channels_of, load_processor
+from bitmend.models.loading import CAUSAL_LM
 from bitmend.models.tokenizer import load_tokenizer
 from bitmend.pipeline.forecast import BatchShape
 from bitmend.pipeline.plan import asked_batches, rows_per_batch
@@ -45,6 +46,7 @@ def draw_calibration(
         sequence_length=length,
         held_out=wanted.held_out,
         seed=wanted.seed,
+        whole_texts=adapter.task != CAUSAL_LM,
     )
     progress.say(
         f"calibration: {len(rows)} sequences, {rows.num_tokens} tokens, {rows.num_held_out} sequences held out, "

@@ -49,9 +49,9 @@ def check_ends(adapter: ModelAdapter, recipe: Recipe) -> None:
         if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in _pieces(tensor)):
             raise NumericsError(f"the tensor {name} must be finite, but holds NaN or Inf; nothing was saved")
     if recipe.head is not None and not adapter.head_names:
-        raise RecipeError(
-            "the model's head is tied to its embedding; set embedding.bits, which quantises both, not head.bits"
-        )
+        tied = "the model's head is tied to its embedding; set embedding.bits, which quantises both, not head.bits"
+        none = "the model has no layer behind its blocks that makes its answer; leave head out"
+        raise RecipeError(none if _path_of_head(adapter) is None else tied)
     if recipe.embedding is not None and adapter.embedding_name is None:
         raise RecipeError(
             "the model has no token embedding; leave embedding out (the layer that reads pictures is a site of its own)"
@@ -79,7 +79,9 @@ def quantise_ends(adapter: ModelAdapter, recipe: Recipe) -> Ends:
         ends.quantised[module], ends.kinds[module] = qtensor, kind
         ends.tensors.update(site_tensors(module, qtensor))
     if recipe.embedding is not None and not adapter.head_names and adapter.embedding_name is not None:
-        ends.tied[_path_of_head(adapter)] = adapter.embedding_name
+        head = _path_of_head(adapter)
+        if head is not None:
+            ends.tied[head] = adapter.embedding_name
     return ends
 
 
@@ -116,10 +118,10 @@ def _round_rows(table: Tensor, spec: QuantSpec) -> QTensor:
     return stack_rows(parts)
 
 
-def _path_of_head(adapter: ModelAdapter) -> str:
+def _path_of_head(adapter: ModelAdapter) -> str | None:
     model: Any = adapter.model
     head = model.get_output_embeddings()
-    return next(name for name, module in adapter.model.named_modules() if module is head)
+    return None if head is None else next(name for name, module in adapter.model.named_modules() if module is head)
 
 
 def _spec(section: EndSection, model_dtype: torch.dtype) -> QuantSpec:

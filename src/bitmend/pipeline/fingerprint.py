@@ -30,6 +30,7 @@ def fingerprint_of(
     rows: CalibrationSet | ImageSet | None,
     versions: Mapping[str, str],
     device: torch.device,
+    tower: str | None = None,
 ) -> dict[str, str]:
     """Return the fingerprint of a run, a short text for each of `PARTS`.
 
@@ -39,12 +40,13 @@ def fingerprint_of(
         rows: the calibration rows; None without.
         versions: of all packages that have a part in the result.
         device: where blocks run.
+        tower: which part of a model with two towers; None for a whole model.
 
     Cost: reads weights of up to 2 GB once, about a second a gigabyte.
     """
     values = (
         _sha256(recipe.model_dump(mode="json", exclude_none=True)),
-        _model(folder),
+        _model(folder) + (f" {tower}" if tower else ""),
         "none" if rows is None else rows.fingerprint,
         ", ".join(f"{package} {versions[package]}" for package in sorted(versions)),
         _device_kind(device),

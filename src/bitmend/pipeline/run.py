@@ -25,7 +25,7 @@ from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
 from bitmend.formats.writer import PARTS, CheckpointWriter, check_output, partial_folder
 from bitmend.models.find import find_adapter
-from bitmend.models.loading import CAUSAL_LM, IMAGE_CLASSIFIER, resolve_model
+from bitmend.models.loading import CAUSAL_LM, resolve_model
 from bitmend.online import AttentionScheme, InputScheme
 from bitmend.pipeline.calibration_rows import Rows, batches_of, draw_calibration, expected_batches
 from bitmend.pipeline.ends import check_ends, quantise_ends
@@ -79,6 +79,7 @@ def quantize(
     activations_on_disk: bool = False,
     low_memory: bool = False,
     trust_remote_code: bool = False,
+    tower: str | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
     """Quantise a model folder into a new model folder.
@@ -99,6 +100,7 @@ def quantize(
         activations_on_disk: keep the calibration activations memory-mapped beside the output.
         low_memory: compute results of wide layers once more in place of keeping them; changes no result.
         trust_remote_code: let transformers run code that comes with the model.
+        tower: `vision` or `text`: quantise that part of a model with two towers, such as CLIP, into a model of its own.
         progress: where progress is shown; None shows nothing.
 
     Returns:
@@ -118,11 +120,11 @@ def quantize(
     started, baseline = time.perf_counter(), Baseline.take()
     progress = progress or SilentProgress()
     request = _Request.check(
-        model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume
+        model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume, tower=tower
     )
     plan, adapter, target = request.recipe, request.adapter, request.output
     rows = draw_calibration(plan, adapter, calibration, progress)
-    fingerprint = fingerprint_of(plan, adapter.folder, rows, versions(), request.device)
+    fingerprint = fingerprint_of(plan, adapter.folder, rows, versions(), request.device, tower)
     if resume and (finished := finished_run(target, fingerprint)) is not None:
         remove_leftovers(target, fingerprint)
         progress.say(f"nothing to do: {target} is finished, and was made with the same request")
@@ -134,6 +136,7 @@ def quantize(
         progress.say(ahead.spill_line())
     report = RunReport(
         model=str(model),
+        tower=tower,
         recipe=plan.model_dump(exclude_none=True),
         versions=versions(),
         calibration={} if rows is None else rows.summary(),
@@ -168,7 +171,8 @@ def quantize(
                 attentions=attentions,
             )
             documents = {"recipe.toml": plan.to_toml(), "README.md": _how_to_load(adapter)}
-            writer.finish(config, documents, check=lambda folder: _write_report(folder, report))
+            base = None if tower is None else adapter.config.to_dict()
+            writer.finish(config, documents, base=base, check=lambda folder: _write_report(folder, report))
     return report
 
 
@@ -183,6 +187,7 @@ def plan(
     activations_on_disk: bool = False,
     low_memory: bool = False,
     trust_remote_code: bool = False,
+    tower: str | None = None,
 ) -> Plan:
     """Forecast memory, disk and time of a run, without running it. Without calibration the recipe's rows are assumed.
 
@@ -193,7 +198,9 @@ def plan(
     """
     started, baseline = time.perf_counter(), Baseline.take()
     asked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    request = _Request.check(model, asked, calibration, output, None, device, trust_remote_code, True, False, False)
+    request = _Request.check(
+        model, asked, calibration, output, None, device, trust_remote_code, True, False, False, tower
+    )
     if calibration or not request.recipe.needs_rows:
         drawn = draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
         shapes = batch_shapes(batches_of(drawn, request.adapter))
@@ -314,6 +321,7 @@ def check_request(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    tower: str | None = None,
 ) -> Path:
     """Check everything that can be checked without running the model, and return the folder that would be written.
 
@@ -321,11 +329,11 @@ def check_request(
         RequestError: as `quantize` would.
     """
     request = _Request.check(
-        model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume
+        model, recipe, calibration, output, overrides, device, trust_remote_code, overwrite, resume, tower=tower
     )
     rows = draw_calibration(request.recipe, request.adapter, calibration, SilentProgress())
     if resume:
-        fingerprint = fingerprint_of(request.recipe, request.adapter.folder, rows, versions(), request.device)
+        fingerprint = fingerprint_of(request.recipe, request.adapter.folder, rows, versions(), request.device, tower)
         if finished_run(request.output, fingerprint) is None:
             check_partial(request.output, fingerprint)
     return request.output
@@ -361,13 +369,15 @@ class _Request:
         overwrite: bool,
         resume: bool,
         needs_rows: bool = True,
+        tower: str | None = None,
     ) -> "_Request":
         if isinstance(recipe, Recipe) and overrides:
             raise RequestError("overrides go with the name of a recipe; change the Recipe object itself instead")
         plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
         place = choose_device(device)
         folder = resolve_model(model)
-        target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{plan.name}")
+        part = "" if tower is None else f"-{tower}"
+        target = Path(output) if output is not None else Path(f"{folder.resolve().name}{part}-{plan.name}")
         # The writer checks again; this answer comes before the model is opened.
         check_output(folder, target, overwrite, resumable=True, resume=resume)
         if needs_rows and plan.needs_rows and not calibration:
@@ -375,7 +385,7 @@ class _Request:
                 f"the recipe {plan.name!r} needs calibration data, but none came; "
                 "pass --calibration FILE (text, .jsonl, .npy; for a model of pictures a folder of them, a .tar or .npz)"
             )
-        adapter = find_adapter(folder, device=place, trust_remote_code=trust_remote_code)
+        adapter = find_adapter(folder, device=place, trust_remote_code=trust_remote_code, tower=tower)
         plan = with_image_defaults(plan, adapter.first_layer)
         check_recipe_fits(plan, adapter)
         check_ends(adapter, plan)
@@ -424,8 +434,7 @@ def versions() -> dict[str, str]:
 
 
 def _how_to_load(adapter: ModelAdapter) -> str:
-    tokens = adapter.reads == "tokens"
-    return HOW_TO_LOAD.format(loader=CAUSAL_LM if tokens else IMAGE_CLASSIFIER, export=EXPORT if tokens else "")
+    return HOW_TO_LOAD.format(loader=adapter.task, export=EXPORT if adapter.task == CAUSAL_LM else "")
 
 
 def _provenance(report: RunReport) -> dict[str, Any]:

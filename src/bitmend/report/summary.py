@@ -51,6 +51,8 @@ def evaluation_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]
     """Return header and rows of an evaluation, one row for each model and text, or set of pictures."""
     if any(model.images for model in report.models):
         return _picture_rows(report)
+    if any(model.embeddings for model in report.models):
+        return _embedding_rows(report)
     header = ["model", "text", "windows", "perplexity"]
     compared = report.reference is not None
     if compared:
@@ -90,6 +92,25 @@ def _picture_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]]]
             if compared:
                 row += [number(images.kl), number(images.kl_standard_error, 2), number(images.top1_agreement)]
             rows.append(row)
+    return header, rows
+
+
+def _embedding_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
+    header = ["model", "source", "embeddings", "cosine with reference", "1 % below", "rank correlation", "with scores"]
+    rows = []
+    for embedded in report.models[0].embeddings if report.reference is not None else ():
+        row = [f"{report.reference} (reference)", _last_part(embedded.path), str(embedded.count), "1", "1", "1"]
+        rows.append([*row, number(embedded.reference_score_correlation)])
+    for model in report.models:
+        for embedded in model.embeddings:
+            row = [model.model, _last_part(embedded.path), str(embedded.count)]
+            values = (
+                embedded.similarity,
+                embedded.similarity_low,
+                embedded.rank_correlation,
+                embedded.score_correlation,
+            )
+            rows.append(row + [number(value) for value in values])
     return header, rows
 
 
