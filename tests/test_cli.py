@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitmend import cli
@@ -335,7 +336,7 @@ def test_a_folder_without_config(refused, quantise, tiny_text, tmp_path, command
                 architectures=["BertForMaskedLM"], hidden_size=16, num_hidden_layers=2,
                 num_attention_heads=2, intermediate_size=16,
             ),
-            "it is not a causal language model",
+            "it is no text encoder",
             "2 x BertLayer",
         ),
     ],
@@ -529,9 +530,71 @@ def test_a_log_inside_the_output_is_fine(bitmend, quantise):
     assert json.loads(Path("out/log.json").read_text())["status"] == "done"
 
 
+# ------------------------------------------------------------------------------------------------ encoders
+@pytest.fixture
+def towers(tiny, tmp_path):
+    """A model with two towers, pictures of two classes, sentence pairs and names, all in one folder."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"vocab_size": 61, "eos_token_id": 2, "bos_token_id": 1, "max_position_embeddings": 32},
+        vision_config=sizes | {"image_size": 8, "patch_size": 4},
+        projection_dim=12,
+    )
+    torch.manual_seed(0)
+    folder = tiny.save(tmp_path / "clip", transformers.CLIPModel(config))
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    for name, value in {"w5": 0, "w6": 255}.items():
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(3):
+            picture = Image.new("RGB", (8, 8), (value, 40 * number, 99))
+            picture.save(tmp_path / "pictures" / name / f"{number}.png")
+    (tmp_path / "pairs.tsv").write_text("w5 w6\tw7\t1\nw5\tw9 w10\t2\nw11\tw12\t3\n")
+    (tmp_path / "names.txt").write_text("w5\nw6\n")
+    return tmp_path
+
+
+def test_a_tower_is_quantised_and_scored_by_pairs_and_by_classes(bitmend, towers):
+    clip, pictures = towers / "clip", towers / "pictures"
+    options = ("--bits", "4", "--group-size", "-1", "--quiet")
+    for tower in ("text", "vision"):
+        made = bitmend("quantize", clip, "--recipe", "rtn", "--tower", tower, *options, "--output", towers / tower)
+        assert made.code == 0
+    pairs = bitmend("evaluate", towers / "text", "--pairs", towers / "pairs.tsv", "--reference", clip, "--quiet")
+    assert pairs.code == 0
+    assert "rank correlation" in pairs.out
+    embedded = bitmend("evaluate", towers / "vision", "--images", pictures, "--reference", clip, "--quiet")
+    assert "cosine with reference" in embedded.out
+    described = ("--class-names", towers / "names.txt", "--text-model", towers / "text")
+    named = bitmend(
+        "evaluate",
+        towers / "vision",
+        "--images",
+        pictures,
+        *described,
+        "--reference",
+        clip,
+        "--quiet",
+        "--json",
+        "a.json",
+    )
+    assert named.code == 0
+    (found,) = json.loads(Path("a.json").read_text())["models"][0]["images"]
+    assert found["count"] == 6
+    assert found["kl"] > 0
+    assert bitmend("plan", clip, "--recipe", "rtn", "--tower", "vision", "--group-size", "-1").code == 0
+
+
+def test_towers_and_classes_that_cannot_be(refused, towers):
+    clip = towers / "clip"
+    assert "has two towers; pass --tower vision or --tower text" in refused("quantize", clip, "--recipe", "rtn")
+    described = refused("evaluate", clip, "--images", towers / "pictures", "--text-model", clip)
+    assert "but no classes came; pass --class-names FILE" in described
+
+
 # ------------------------------------------------------------------------------------------------ evaluate, generate
 def test_evaluate_that_cannot_be(refused, tiny_model, tiny_text, tmp_path):
-    assert "evaluate needs at least one text or set of pictures, but none came; pass --text FILE" in refused(
+    assert "evaluate needs at least one text, set of pictures or file of sentence pairs, but none came" in refused(
         "evaluate", tiny_model
     )
     missing = refused("evaluate", tiny_model, "--text", "none.txt", "--window-length", "16")

@@ -5,12 +5,14 @@ import inspect
 
 import pytest
 import torch
+import transformers
 
 from bitmend import protocols
 from bitmend.calibrate.activation_store import ActivationStore
 from bitmend.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.models.hf_image import HfImage
+from bitmend.models.hf_text_encoder import HfTextEncoder
 from bitmend.numerics.observers import choose_qparams
 from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
@@ -85,7 +87,7 @@ def test_solvers_ask_for_known_needs():
 
 
 def test_an_adapter_keeps_its_contract(tiny_model):
-    assert [entry.part for entry in ADAPTERS] == [HfCausalLm, HfImage]
+    assert [entry.part for entry in ADAPTERS] == [HfCausalLm, HfImage, HfTextEncoder]
     assert isinstance(HfCausalLm.open(tiny_model), ModelAdapter)
 
 
@@ -93,6 +95,12 @@ def test_an_adapter_of_pictures_keeps_its_contract(tmp_path):
     config = CifarResNetConfig(blocks_per_stage=1, stage_channels=[2, 2, 2], image_size=8)
     CifarResNetForImageClassification(config).save_pretrained(tmp_path)
     assert isinstance(HfImage.open(tmp_path), ModelAdapter)
+
+
+def test_an_adapter_of_an_encoder_keeps_its_contract(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformers.BertModel(transformers.BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path)
+    assert isinstance(HfTextEncoder.open(tmp_path), ModelAdapter)
 
 
 def test_a_store_is_a_stream_that_may_be_read_twice():

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from bitmend.calibrate.data import CalibrationSet, Split, choose_held_out, load_calibration
 from bitmend.errors import CalibrationError, RequestError
@@ -182,3 +183,50 @@ def test_tokens_outside_the_vocabulary_are_refused(ids, named, words, tmp_path):
     np.save(path, np.array(ids))
     with pytest.raises(CalibrationError, match=rf"must be in 0\.\.99.* but {named} came; tokenise the text with this"):
         load([path], words, sequences=1, held_out=0.0)
+
+
+def encoder_tokenizer(tiny):
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def test_whole_texts_are_rows_with_special_tokens_cut_to_the_length(tiny, tmp_path):
+    (tmp_path / "lines.txt").write_text("w5 w6\n\n  w7  \nw8 w9 w10 w11 w12\n")
+    found = load_calibration(
+        [tmp_path / "lines.txt"],
+        encoder_tokenizer(tiny),
+        sequences=3,
+        sequence_length=5,
+        held_out=0,
+        seed=0,
+        whole_texts=True,
+    )
+    assert [row.tolist() for row in found.rows] == [[1, 5, 6, 2], [1, 7, 2], [1, 8, 9, 10, 2]]
+
+
+def test_whole_texts_of_json_lines(tiny, tmp_path):
+    (tmp_path / "a.jsonl").write_text('"w5 w6"\n{"text": "w7"}\n{"input_ids": [9, 9, 9]}\n')
+    options = {"sequences": 3, "sequence_length": 8, "held_out": 0, "seed": 0}
+    found = load_calibration([tmp_path / "a.jsonl"], encoder_tokenizer(tiny), **options, whole_texts=True)
+    assert [row.tolist() for row in found.rows] == [[1, 5, 6, 2], [1, 7, 2], [9, 9, 9]]
+    packed = load_calibration(
+        [tmp_path / "a.jsonl"], encoder_tokenizer(tiny), **(options | {"sequence_length": 7, "sequences": 2})
+    )
+    assert sorted(row.tolist() for row in packed.rows) == [[1, 5, 6, 2, 1, 7, 2], [9, 9, 9]]
+
+
+def test_a_line_that_is_no_utf8_is_named_among_whole_texts(tiny, tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b"w5\nw\xe9\n")
+    with pytest.raises(CalibrationError, match="UTF-8 text is required, but byte 4 is not"):
+        load_calibration(
+            [tmp_path / "lines.txt"],
+            encoder_tokenizer(tiny),
+            sequences=1,
+            sequence_length=5,
+            held_out=0,
+            seed=0,
+            whole_texts=True,
+        )

@@ -309,7 +309,7 @@ def _stages(facts: Facts) -> Iterator[Stage]:
             for position in range(len(block.groups)):
                 yield from _group(facts, block, position)
             yield _quantised_pass(facts, block, written)
-        else:
+        elif block.groups:  # a norm alone may be a block of a model of pictures
             yield from _group(facts, block, len(block.groups) - 1)
         yield _writing_block(facts, block, written)
     yield _ending(facts, written)
