@@ -11,7 +11,7 @@ from bitmend.formats import hf_quantizer as _registers_the_format  # noqa: F401
 from bitmend.formats.ledger import Ledger, ledger
 from bitmend.formats.load import load
 from bitmend.pipeline.recipe import Recipe, load_recipe
-from bitmend.pipeline.run import quantize
+from bitmend.pipeline.towers import quantize
 from bitmend.protocols import RunReport
 from bitmend.report.comparison import Comparison
 from bitmend.runtime.packed_cache import PackedCache

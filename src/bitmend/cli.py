@@ -106,7 +106,7 @@ def quantize(
     log_json: Annotated[Path | None, typer.Option(help="Write the run report to this file too.")] = None,
 ) -> None:
     """Quantise a model into a new folder that transformers loads."""
-    from bitmend.pipeline import run
+    from bitmend.pipeline import run, towers
     from bitmend.pipeline.recipe import load_recipe
 
     check_json_path(log_json, made_by_run=output)
@@ -126,7 +126,7 @@ def quantize(
     options |= {"activations_on_disk": activations_on_disk, "low_memory": low_memory}
     options["progress"] = progress_of(quiet)
     with _telling_what_is_kept():
-        report = run.quantize(model, plan, calibration or (), **options)
+        report = towers.quantize(model, plan, calibration or (), **options)
     if log_json is not None:
         write_json(log_json, run.report_to_json(report))
     _show_run(report)

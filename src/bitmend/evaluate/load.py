@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from bitmend.errors import CheckpointError, QuantizationError, RequestError
 from bitmend.models.architecture import encoder_class, tower_config, two_towers, why_no_image_classifier
 from bitmend.models.bounds import no_more_than, stored
 from bitmend.models.image_processor import PixelsOf, channels_of, load_processor
-from bitmend.models.loading import CAUSAL_LM, CONFIG_FILE, IMAGE_CLASSIFIER, read_config, resolve_model
+from bitmend.models.loading import AUTO_MODEL, CAUSAL_LM, CONFIG_FILE, IMAGE_CLASSIFIER, read_config, resolve_model
 from bitmend.models.shards import check_index
 from bitmend.models.tokenizer import load_tokenizer
 
@@ -78,10 +78,10 @@ def load_model(
     config = read_config(folder)
     _check_quantization(folder)
     check_index(folder)
-    whole = not (two_towers(config) and tower is not None)
-    if not whole and tower is not None:
-        config = tower_config(config, tower)
+    both = tower is not None and two_towers(config)
     task, pictures = _task_of(config)
+    if both:
+        task, pictures = AUTO_MODEL, tower == "vision"
     tokenizer = None if pictures else load_tokenizer(folder)
     processor = load_processor(folder, channels_of(config)) if pictures else None
     maker = getattr(transformers, task)
@@ -96,9 +96,43 @@ def load_model(
             f"{folder}: a complete checkpoint that transformers can load is required, but loading failed ({reason}); "
             "copy the model again, or install what the message asks for"
         ) from error
-    _check_loading(folder, loading if whole else {**loading, "unexpected_keys": ()})  # those of the other tower
+    _check_loading(folder, loading)
+    if both and tower is not None:
+        model = TowerOf(model.eval(), tower)
     gives: Literal["logits", "embeddings"] = "logits" if task in (CAUSAL_LM, IMAGE_CLASSIFIER) else "embeddings"
     return LoadedModel(str(source), model.to(device).eval(), tokenizer, processor, gives, folder)
+
+
+class TowerOf(nn.Module):
+    """One tower of a model with two, which is loaded whole, because one file may describe how both are quantised.
+
+    Attributes:
+        config: of the tower.
+    """
+
+    def __init__(self, model: Any, tower: str) -> None:
+        super().__init__()
+        self.model = model
+        self.config = tower_config(model.config, tower)
+        self._of_pictures = tower == "vision"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its activations."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    def forward(self, **call: Any) -> dict[str, Tensor]:
+        """Return the embeddings, as the tower by itself calls them."""
+        found = self.model.get_image_features(**call) if self._of_pictures else self.model.get_text_features(**call)
+        embeddings: Tensor = getattr(found, "pooler_output", found)
+        return {"image_embeds" if self._of_pictures else "text_embeds": embeddings}
 
 
 def _task_of(config: Any) -> tuple[str, bool]:

@@ -172,7 +172,7 @@ def quantize(
             )
             documents = {"recipe.toml": plan.to_toml(), "README.md": _how_to_load(adapter)}
             base = None if tower is None else adapter.config.to_dict()
-            writer.finish(config, documents, base=base, check=lambda folder: _write_report(folder, report))
+            writer.finish(config, documents, base=base, check=lambda folder: write_report(folder, report))
     return report
 
 
@@ -339,7 +339,7 @@ def check_request(
     return request.output
 
 
-def _write_report(folder: Path, report: RunReport) -> None:
+def write_report(folder: Path, report: RunReport) -> None:
     """Write run.json into a complete folder, with the bits that its files really take."""
     account = ledger(folder)
     report.bits = {"quantised_layers": account.bits_per_weight or 0.0, "whole_model": account.bits_per_weight_model}
