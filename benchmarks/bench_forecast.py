@@ -47,23 +47,28 @@ class Marking(SilentProgress):
 asked = json.loads(sys.argv[1])
 print(json.dumps(anonymous_bytes()), flush=True)
 sys.stdin.readline()
-rows = [assets.path("books-calibration")] if asked["rows"] else []
-report = quantize(asked["model"], asked["recipe"], rows, output=asked["output"], overrides=asked["keys"], progress=Marking())
+rows = [assets.path(name) if asked["named"] else Path(name) for name in asked["rows"]]
+report = quantize(asked["model"], asked["recipe"], rows, output=asked["output"], overrides=asked["keys"],
+    tower=asked["tower"], progress=Marking())
 sites = [site.diagnostics.get("passes", 0) for block in report.blocks for site in block.sites]
 print(json.dumps({"seconds": report.seconds, "forecast": report.forecast,
     "passes": sum(sites) / max(1, len(sites)), "cpu": time.process_time() - asked["cpu"]}))
 """
 
 
-def measure(work, name, model, recipe, keys, *, rows=True):
-    """Run once, watched, and return what was forecast and what came; a result that is there already is read."""
+def measure(work, name, model, recipe, keys, *, rows=("books-calibration",), named=True, tower=None, keep=False):
+    """Run once, watched, and return what was forecast and what came; a result that is there already is read.
+
+    Rows are names of assets, or paths where they are not `named`. The output is removed unless it is to be kept.
+    """
     record = work / f"{name}.json"
     if record.is_file():
         return json.loads(record.read_text())
     output = work / "runs" / name
     for folder in (output, Path(f"{output}.partial")):
         shutil.rmtree(folder, ignore_errors=True)
-    asked = {"model": str(model), "recipe": recipe, "keys": keys, "rows": rows, "output": str(output)}
+    asked = {"model": str(model), "recipe": recipe, "keys": keys, "output": str(output)}
+    asked |= {"rows": [str(one) for one in rows], "named": named, "tower": tower}
     mark = work / f"{name}.mark"
     mark.unlink(missing_ok=True)
     asked["mark"] = str(mark)
@@ -102,7 +107,8 @@ def measure(work, name, model, recipe, keys, *, rows=True):
         "phases": found["seconds"],
         "phases_forecast": forecast["seconds"],
     }
-    shutil.rmtree(output)
+    if not keep:
+        shutil.rmtree(output)
     record.write_text(json.dumps(result, indent=1))
     return result
 
@@ -174,7 +180,8 @@ def stream(work, _plots):
     minmax = {"weights.observer": "minmax"}
     # gptq in the attention layers only, without held-out rows: 40 blocks with all layers take an hour on one thread.
     attention = {**minmax, "calibration.held_out": 0.0, "overrides": [{"targets": ["re:.*mlp.*"], "skip": True}]}
-    for name, recipe, rows, keys in (("stream-rtn", "rtn", False, minmax), ("stream-gptq", "gptq", True, attention)):
+    text = ("books-calibration",)
+    for name, recipe, rows, keys in (("stream-rtn", "rtn", (), minmax), ("stream-gptq", "gptq", text, attention)):
         result = measure(work, name, model, recipe, keys_of(4, 64, **keys), rows=rows)
         row(result)
         share = result["memory"] / result["weights"]

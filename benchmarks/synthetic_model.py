@@ -85,7 +85,10 @@ def _write_shard(path, shapes):
 
 def weight_bytes(folder):
     """Return how many bytes the tensors of a model folder take."""
-    return json.loads((Path(folder) / INDEX_FILE).read_text())["metadata"]["total_size"]
+    index = Path(folder) / INDEX_FILE
+    if index.exists():
+        return json.loads(index.read_text())["metadata"]["total_size"]
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 def main():
