@@ -15,14 +15,21 @@ import json
 import shutil
 import statistics
 import time
+from functools import cache
 from pathlib import Path
 
+import torch
 from scipy import stats
 
 import bitmend
 from bitmend import assets
+from bitmend.calibrate.images import labelled
+from bitmend.evaluate.images import labels_of, run_on_pictures, score_pictures
+from bitmend.evaluate.load import load_model
 from bitmend.models.cifar_resnet import convert
+from bitmend.protocols import SilentProgress
 
+BATCH = 250
 NETWORKS = ("resnet20", "resnet32")
 PRECISIONS = {"8/8": (8, 8), "6/6": (6, 6), "4/4": (4, 4), "3/3": (3, 3), "2/4": (2, 4)}
 
@@ -104,6 +111,43 @@ def archive(name):
     return assets.path("cifar10") / f"{name}.tar.gz"
 
 
+class Scored:
+    """Pictures to score on, decoded once, and the original's answers; what `score_pictures` asks of labelled pictures."""
+
+    def __init__(self, source, path, count):
+        original = load_model(source, "cpu", torch.float32)
+        pictures = labelled(path, original.processor, labels_of(original))
+        self.name, self._sha256 = pictures.name, pictures.sha256(count)
+        self._batches = list(pictures.batches(BATCH, count))
+        self.reference = torch.cat([run_on_pictures(original, batch) for batch, _ in self._batches])
+
+    def __len__(self):
+        return len(self.reference)
+
+    def batches(self, size, count):
+        """Return all batches, which were made at the same size."""
+        assert size == BATCH
+        assert count is None
+        return self._batches
+
+    def sha256(self, count):
+        """Return the hash of the pictures."""
+        del count
+        return self._sha256
+
+    def score(self, folder):
+        """Return the result of a quantised model."""
+        model = load_model(folder, "cpu", torch.float32)
+        options = {"batch_size": BATCH, "count": None, "progress": SilentProgress()}
+        return score_pictures(model, self, reference=self.reference, **options)
+
+
+@cache
+def scored(source, path, count):
+    """Return the pictures to score a model on."""
+    return Scored(source, path, count)
+
+
 def run(options, model, method, precision, draw):
     """Quantise and score, and return one row of results."""
     solver, keys, transforms, rounding, observer = methods_of(model)[method]
@@ -129,10 +173,7 @@ def run(options, model, method, precision, draw):
         overwrite=True,
     )
     seconds = time.perf_counter() - started
-    scored = bitmend.evaluate(
-        [output], images=[archive(options.part)], reference=source, batch_size=250, pictures=options.count
-    )
-    (found,) = scored.models[0].images
+    found = scored(source, archive(options.part), options.count).score(output)
     sites = [site for block in report.blocks for site in block.sites]
     weights = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     shutil.rmtree(output, ignore_errors=True)
