@@ -56,6 +56,7 @@ def static(observer, *, attention=True, grid=None, gelu=None):
     return keys
 
 
+FOLD = [{"name": "fold_batch_norm", "force": True}]  # with one scale a channel the guard sees no difference
 REPQ = [{"name": "repq"}]
 # name: solver, its keys, transforms, activation keys, observer of the weights
 VIT = {
@@ -87,6 +88,9 @@ CNN = {
     "marr, gptaq form": ("marr", {"solver.form": "gptaq"}, [], static("mse", attention=False), "mse"),
     "marr": ("marr", {}, [], static("mse", attention=False), "mse"),
     "descent": ("descent", {}, [], static("mse", attention=False), "mse"),
+    "gptq, folded": ("gptq", {}, FOLD, static("mse", attention=False), "mse"),
+    "marr, rescomp form, folded": ("marr", {"solver.form": "rescomp"}, FOLD, static("mse", attention=False), "mse"),
+    "marr, gptaq form, folded": ("marr", {"solver.form": "gptaq"}, FOLD, static("mse", attention=False), "mse"),
 }
 BASES = ("gptq",)
 

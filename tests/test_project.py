@@ -18,7 +18,7 @@ TESTS = ROOT / "tests"
 MEBIBYTE = 2**20
 
 # Methods that need no citation: everybody's first idea.
-COMMON_KNOWLEDGE = {"rtn"}
+COMMON_KNOWLEDGE = {"rtn", "fold_batch_norm"}
 METHODS = [SOLVERS, TRANSFORMS, REPARAMETERISATIONS, COMPENSATORS]
 PARTS = [*METHODS, ADAPTERS, FORMATS]
 

@@ -499,6 +499,7 @@ class Wiring:
         writers: layers whose results are added to the residual stream.
         after_writers: norms between a writer and the residual stream.
         values: the layers before and behind the attention, or None when the values are made in one layer with others.
+        scaled: (convolution, batch norm) pairs where the norm reads the very tensor that the convolution gives.
         gated: (source, target) pairs of equal width where a feature of the target's input grows by the positive factor by
             which the same feature of the source's output does: `up_proj` and `down_proj`, or two layers with a ReLU between
             them.
@@ -510,6 +511,7 @@ class Wiring:
     after_writers: tuple[str, ...]
     values: ValueHeads | None
     gated: tuple[tuple[str, str], ...]
+    scaled: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

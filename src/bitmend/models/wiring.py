@@ -20,7 +20,7 @@ Memory = tuple[int, int]
 
 
 def find_wiring(block: Block, run: Callable[[], Any], hidden: int) -> Wiring:
-    """Return how the layers of a loaded block hang together; convolutions are left out.
+    """Return how the layers of a loaded block hang together; of convolutions only which batch norms read them.
 
     Args:
         block: with its weights.
@@ -42,6 +42,8 @@ def find_wiring(block: Block, run: Callable[[], Any], hidden: int) -> Wiring:
     given: dict[Memory, str] = {}
     readers: dict[str, list[str]] = {path: [] for path in norms}
     behind: dict[str, list[str]] = {path: [] for path in layers}
+    convolved: dict[Memory, str] = {}
+    scaled: dict[str, list[str]] = {site.path: [] for site in block.sites if not site.view.features_last}
     alive: list[Tensor] = []
     with ExitStack() as hooks, torch.no_grad():
         for path in norms:
@@ -51,6 +53,12 @@ def find_wiring(block: Block, run: Callable[[], Any], hidden: int) -> Wiring:
             hooks.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for path in layers:
             hooks.callback(module.get_submodule(path).register_forward_hook(_noting(path, given, alive)).remove)
+        for path in scaled:
+            hooks.callback(module.get_submodule(path).register_forward_hook(_noting(path, convolved, alive)).remove)
+        for path, part in module.named_modules() if scaled else ():
+            if isinstance(part, nn.BatchNorm2d):
+                hook = _comparing([path], convolved, scaled, alive)
+                hooks.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for path in [*layers, *block.routers, *holders]:
             inner = [f"{path}.{one}" for one in _first_layers(holders[path])] if path in holders else [path]
             hook = _comparing(inner, made, readers, alive)
@@ -68,6 +76,7 @@ def find_wiring(block: Block, run: Callable[[], Any], hidden: int) -> Wiring:
         after_writers=tuple(path for path, paths in readers.items() if not paths and path not in of_queries),
         values=values,
         gated=tuple(pair for pair in feeds if values is None or pair != (values.source, values.target)),
+        scaled=tuple((path, norm) for path, norms in scaled.items() for norm in norms),
     )
 
 
