@@ -108,7 +108,7 @@ def test_codes_per_channel_are_the_same_with_and_without(solver):
     spec = QuantSpec(UniformGrid(3, symmetric=True), PerChannel(), "minmax")
     one, other = (solver.solve(Problem(SITE, w, spec, fit=moments)).qtensor for w in (weight, factor * weight))
     assert torch.equal(one.codes, other.codes)
-    assert torch.equal(factor * one.scale, other.scale)
+    assert torch.equal(factor * one.qparams.scale, other.qparams.scale)
 
 
 def test_a_folded_network_is_written_with_its_folded_statistics(tmp_path):
