@@ -218,9 +218,14 @@ def test_offsets_that_cannot_be(tmp_path, offsets):
         read_header(with_header(tmp_path / "f", text, bytes(4)))
 
 
-def test_what_only_the_package_refuses_is_one_of_our_errors(tmp_path):
+def test_a_name_with_half_of_a_character_is_refused(tmp_path):
     """Half of a surrogate pair is JSON to Python, and none to the package."""
     entry = b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
-    stored = StoredTensors([with_header(tmp_path / "f", entry, bytes(4))])
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        stored["\ud800"]
+    with pytest.raises(CheckpointError, match="half of a character"):
+        StoredTensors([with_header(tmp_path / "f", entry, bytes(4))])
+
+
+def test_json_with_half_of_a_character_is_refused():
+    assert parse_json('{"a": "\\ud83d\\ude00"}', "it") == {"a": "\U0001f600"}
+    with pytest.raises(CheckpointError, match="half of a character"):
+        parse_json('{"a": ["\\ud83d"]}', "it")

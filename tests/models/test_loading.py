@@ -160,3 +160,9 @@ def test_code_that_cannot_be_built_on_meta_is_left_to_the_real_building(monkeypa
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", build)
     assert empty_model({}, held=Stored(tmp_path, 1, 100)).weight.shape == (2, 2)
     assert len(calls) == 2
+
+
+def test_a_config_with_half_of_a_character_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "note": "\\ud800"}')
+    with pytest.raises(ModelError, match="half of a character stands in it"):
+        read_config(tmp_path)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitmend.errors import CheckpointError
+from bitmend.models.bounds import is_whole_text
 from bitmend.models.shards import DTYPES
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
@@ -174,7 +175,8 @@ def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
     """Return a JSON table.
 
     Raises:
-        CheckpointError: not JSON, not a table, or a key that occurs twice; the sentence begins with `what`.
+        CheckpointError: not JSON, not a table, a key that occurs twice, or text that no file could hold again; the sentence
+            begins with `what`.
     """
 
     def table_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,6 +191,8 @@ def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{what} is not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{what} must be a JSON table; got {type(table).__name__}")
+    if not is_whole_text(table):
+        raise CheckpointError(f"{what} is not valid JSON: half of a character (a lone surrogate) stands in it")
     return table
 
 

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from bitmend.errors import ModelError, QuantizationError
 from bitmend.models import cifar_resnet as _registers_its_classes  # noqa: F401
-from bitmend.models.bounds import Stored, check_counts, no_more_than, refuse_special_files
+from bitmend.models.bounds import Stored, check_counts, is_whole_text, no_more_than, refuse_special_files
 
 CONFIG_FILE = "config.json"
 CAUSAL_LM, IMAGE_CLASSIFIER = "AutoModelForCausalLM", "AutoModelForImageClassification"
@@ -73,6 +73,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"{path} is not readable JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, need a JSON object; copy it again")
+    if not is_whole_text(content):
+        raise ModelError(f"{path} is not readable JSON (half of a character stands in it); copy it again")
     check_counts(content, path)
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -1,11 +1,12 @@
 """Small valid model folders of every kind that bitmend reads or writes, to be spoilt.
 
-Two llama blocks of width 32 with a vocabulary of 96 words; a folder takes some 100 kB.
+Two llama blocks of width 32 with a vocabulary of 96 words, a vision transformer, a residual network and a BERT as small; a
+folder takes some 100 kB.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from bitmend.calibrate.data import CalibrationSet
+from bitmend.calibrate.images import ImageSet
 from bitmend.formats import compressed_tensors
 from bitmend.formats.gptq import GptqFormat
 from bitmend.formats.native_source import open_native
 from bitmend.formats.writer import INDEX_FILE, SINGLE_FILE, CheckpointWriter
+from bitmend.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from bitmend.packing.interleaved import pack_interleaved
+from bitmend.pipeline.calibration_rows import Rows
 from bitmend.pipeline.resume import Journal
 from bitmend.pipeline.run import quantize
 
@@ -38,7 +43,7 @@ class _Stopped(BaseException):
 def make_folders(place: Path) -> None:
     """Make a folder of each kind under its name in `place`.
 
-    Cost: about two seconds.
+    Cost: about five seconds.
     """
     place.mkdir(parents=True, exist_ok=True)
     plain = _plain(place / "plain")
@@ -55,6 +60,69 @@ def make_folders(place: Path) -> None:
     _awq(place / "asymmetric", place / "awq")
     _stopped(plain, place / "stopped")
     _finished(plain, place / "finished")
+    _with_online_parts(plain, place)
+    _of_pictures(place)
+    encoder = _encoder(place / "plain-encoder")
+    _native(encoder, place / "native-encoder", {"weights.bits": 4, "embedding.bits": 8})
+
+
+def _with_online_parts(plain: Path, place: Path) -> None:
+    """Quantise with what runs beside the weights: rotations, rounded inputs, keys and values, static ranges, a prefix."""
+    rows = CalibrationSet(
+        [torch.randint(3, VOCABULARY, (24,), generator=torch.Generator().manual_seed(seed)) for seed in range(4)],
+        torch.tensor([False, True, False, False]),
+    )
+    rounded = {"weights.bits": 4, "activations.bits": 4}
+    quarot = {"transforms": [{"name": "quarot", "force": True}], "kv_cache.bits": 4}
+    _native(plain, place / "native-rotated", rounded | quarot, rows)
+    static = {
+        "activations.static": True,
+        "activations.observer": "percentile",
+        "kv_cache.bits": 4,
+        "kv_cache.static": True,
+        "kv_cache.symmetric": True,
+    }
+    _native(plain, place / "native-static", rounded | static | {"prefix.tokens": [5, 9]}, rows)
+    learned = {"transforms": [{"name": "spinquant", "steps": 1, "force": True}], "kv_cache.bits": 4}
+    _native(plain, place / "native-learned", rounded | learned, rows)
+
+
+def _of_pictures(place: Path) -> None:
+    """Make a vision transformer and a residual network, and quantise them with static ranges on every kind of grid."""
+    draw = torch.Generator().manual_seed(0)
+    rows = ImageSet(torch.randn(4, 3, 8, 8, generator=draw), torch.tensor([False, True, False, False]))
+    torch.manual_seed(0)
+    transformer = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=8, patch_size=4, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_labels=16,
+        )
+    )  # fmt: skip
+    residual = CifarResNetForImageClassification(
+        CifarResNetConfig(blocks_per_stage=1, stage_channels=[16, 16, 16], image_size=8)
+    )
+    for name, model in (("plain-transformer", transformer), ("plain-convolutions", residual)):
+        model.save_pretrained(place / name)
+        size = {"height": 8, "width": 8}
+        _write(place / name / "preprocessor_config.json", {"image_processor_type": "ViTImageProcessor", "size": size})
+    static = {"activations.bits": 4, "activations.static": True, "activations.symmetric": False}
+    static["activations.observer"] = "percentile"
+    twin = {"activations.after_gelu": "twin", "attention.static": True, "attention.probability_grid": "log_sqrt2"}
+    attended = {f"attention.{name}_bits": 4 for name in ("query", "key", "value", "probability")}
+    keys = {"weights.bits": 3, "weights.group_size": -1, **static}
+    _native(place / "plain-transformer", place / "native-transformer", keys | twin | attended, rows)
+    _native(place / "plain-convolutions", place / "native-convolutions", keys, rows)
+
+
+def _encoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
 
 
 def _plain(folder: Path, **changes: Any) -> Path:
@@ -66,17 +134,20 @@ def _plain(folder: Path, **changes: Any) -> Path:
     }  # fmt: skip
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys | changes))
     model.save_pretrained(folder)
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
     return folder
 
 
-def _native(source: Path, output: Path, keys: Mapping[str, Any]) -> None:
-    quantize(
-        source, "rtn", output=output, overrides={"weights.group_size": GROUP, "weights.observer": "minmax", **keys}
-    )
+def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+
+
+def _native(source: Path, output: Path, keys: Mapping[str, Any], rows: Rows | Sequence[Path] = ()) -> None:
+    asked = {"weights.group_size": GROUP, "weights.observer": "minmax", **keys}
+    quantize(source, "rtn", rows, output=output, overrides=asked)
 
 
 def _sharded(source: Path, output: Path) -> None:

@@ -12,6 +12,7 @@ that is opened, a folder read that must be refused.
 """
 
 import hashlib
+import json
 import random
 import shutil
 import sys
@@ -33,8 +34,10 @@ from bitmend.formats.gptq import GptqFormat
 from bitmend.formats.integrity import check_folder
 from bitmend.formats.ledger import ledger
 from bitmend.formats.load import load
+from bitmend.formats.manifest import Manifest
 from bitmend.formats.quantized_folder import read_quantized
 from bitmend.pipeline.run import quantize
+from bitmend.runtime.conv import QuantConv2d
 from bitmend.runtime.embedding import QuantEmbedding, TiedQuantHead
 from bitmend.runtime.linear import QuantLinear
 from bitmend.testing.fuzz.folders import GROUP, reseal, run_for_resume
@@ -54,11 +57,19 @@ def _digest(tensor: Tensor) -> str:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Return a digest of every weight of a model; of packed modules, of what they dequantise to."""
+    """Return a digest of every weight of a model; of packed modules, of what they dequantise to.
+
+    And one of what is done to activations while the model runs.
+    """
     found = {name: _digest(tensor) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantEmbedding | TiedQuantHead):
+        if isinstance(module, QuantLinear | QuantConv2d | QuantEmbedding | TiedQuantHead):
             found[f"{name} dequantised"] = _digest(module.dequantize())
+    manifest = getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "manifest", None)
+    if isinstance(manifest, Manifest):
+        described = manifest.to_json()
+        online = {key: described.get(key) for key in ("inputs", "outputs", "attentions", "rotations")}
+        found["activations"] = hashlib.sha256(json.dumps(online, sort_keys=True).encode()).hexdigest()
     return found
 
 
@@ -146,6 +157,8 @@ READERS: Mapping[str, Reader] = {
 _PLAIN = ("load", "load", "load_model", "load_model", "inspect", "quantize", "quantize", "quantize on text", "evaluate")
 _NATIVE = ("load", "load", "load unverified", "load_model", "inspect", "export", "generate")
 _FOREIGN = ("read_quantized", "read_quantized", "read_quantized", "read_quantized", "inspect", "quantize")
+_OTHER = ("load", "load_model", "inspect", "quantize", "quantize")  # models of other kinds than language models
+_LOADED = ("load", "load", "load unverified", "load_model", "inspect")
 KINDS: Mapping[str, tuple[str, ...]] = {
     "plain": _PLAIN,
     "plain-sharded": _PLAIN,
@@ -160,9 +173,18 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "awq": _FOREIGN,
     "stopped": ("resume",),
     "finished": ("resume",),
+    "native-rotated": _LOADED,
+    "native-static": _LOADED,
+    "native-learned": _LOADED,
+    "plain-transformer": _OTHER,
+    "native-transformer": _LOADED,
+    "plain-convolutions": _OTHER,
+    "native-convolutions": _LOADED,
+    "plain-encoder": _OTHER,
+    "native-encoder": _LOADED,
 }
 WITHOUT_MODEL = ("read_quantized",)
-CHECKSUMMED = ("native", "native-sharded", "native-tied", "stopped", "finished")
+CHECKSUMMED = (*(kind for kind in KINDS if kind.startswith("native")), "stopped", "finished")
 
 
 # ---------------------------------------------------------------------------------------------- one case
