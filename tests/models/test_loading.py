@@ -49,7 +49,7 @@ def test_hub_download(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
     assert resolve_model("gpt2") == tmp_path
-    assert asked == ["gpt2"]
+    assert asked == ["gpt2", "gpt2"]  # the second time for how an encoder pools
 
 
 def test_no_config(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_the_first_layer_and_the_head_of_the_vision_tower_have_8_bits(clip, pict
     bits = {name: schemes[entry["scheme"]]["bits"] for name, entry in modules.items()}
     assert bits["vision_model.embeddings.patch_embedding"] == bits["visual_projection"] == 8
     assert bits["vision_model.encoder.layers.0.mlp.fc1"] == 3
+
+
+def test_how_sentence_transformers_pools_is_taken_over(bert, lines, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(bert, source)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (source / "2_Normalize").mkdir()
+    (source / "modules.json").write_text("[]")
+    quantize(source, "rtn", [], output=tmp_path / "out", overrides={"weights.bits": 8, "weights.group_size": -1})
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_cls_token": true}'
+    assert (tmp_path / "out" / "modules.json").is_file()
 
 
 def test_an_embedding_table_is_quantised_where_there_is_no_head(bert, lines, tmp_path):

@@ -18,11 +18,11 @@ from bitmend.errors import ModelError, NumericsError, RequestError
 from bitmend.evaluate.images import all_logits
 from bitmend.evaluate.load import LoadedModel
 from bitmend.evaluate.results import EmbeddingResult
+from bitmend.models.loading import POOLING_FILE
 from bitmend.numerics.products import FastLinear
 from bitmend.protocols import Progress
 
 LOW = 0.01
-POOLING_FILE = Path("1_Pooling") / "config.json"  # of sentence-transformers
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 KEYS = ("sentence1", "sentence2", "score")
 

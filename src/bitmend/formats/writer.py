@@ -46,6 +46,8 @@ COMPANIONS = (
     "vocab.txt", "vocab.bpe", "encoder.json", "merges.txt", "bpe.codes", "*.model", "*.tiktoken", "chat_template.json",
     "chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json", "preprocessor_config.json",
     "processor_config.json", "video_preprocessor_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json",
+    "2_Dense/config.json", "2_Dense/model.safetensors",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ CAUSAL_LM, IMAGE_CLASSIFIER = "AutoModelForCausalLM", "AutoModelForImageClassifi
 AUTO_MODEL = "AutoModel"
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+POOLING_FILE = "1_Pooling/config.json"  # of sentence-transformers: how states of tokens become one of a text
 HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 
 
@@ -46,7 +47,8 @@ def _download(name: str) -> Path:
 
     try:
         # A second copy of the weights in a subfolder (original/, onnx/) is not wanted.
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+        return Path(snapshot_download(name, allow_patterns=[POOLING_FILE]))
     except Exception as error:  # the hub client's errors have no common root; the user needs one sentence of each
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
