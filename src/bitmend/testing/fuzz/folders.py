@@ -171,7 +171,7 @@ def reseal(folder: Path) -> None:
     """Give a folder in bitmend's own format the checksums of its files as they are; leave any other alone."""
     from bitmend.formats.safetensors_file import sha256_of
 
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a folder that is spoilt already
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # spoilt already
         path = folder / "config.json"
         config: Any = json.loads(path.read_bytes()) if path.is_file() else None
         if config["quantization_config"]["quant_method"] == "bitmend":
