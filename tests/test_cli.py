@@ -583,11 +583,19 @@ def test_a_tower_is_quantised_and_scored_by_pairs_and_by_classes(bitmend, towers
     assert found["count"] == 6
     assert found["kl"] > 0
     assert bitmend("plan", clip, "--recipe", "rtn", "--tower", "vision", "--group-size", "-1").code == 0
+    dry = bitmend("quantize", clip, "--recipe", "rtn", "--group-size", "-1", "--dry-run", "--output", "both")
+    assert dry.code == 0
+    assert dry.out.startswith("# would write ")
+    assert not Path("both.towers").exists()
 
 
 def test_towers_and_classes_that_cannot_be(refused, towers):
     clip = towers / "clip"
-    assert "has two towers; pass --tower vision or --tower text" in refused("quantize", clip, "--recipe", "rtn")
+    assert "has two towers; pass --tower vision or --tower text" in refused("plan", clip, "--recipe", "rtn")
+    assert "text_model.encoder.layers.0.self_attn.q_proj: group_size must divide" in refused(
+        "quantize", clip, "--recipe", "rtn", "--quiet"
+    )
+    assert nothing_here()
     described = refused("evaluate", clip, "--images", towers / "pictures", "--text-model", clip)
     assert "but no classes came; pass --class-names FILE" in described
 

@@ -120,7 +120,7 @@ def quantize(
         "tower": None if tower is None else tower.value,
     }
     if dry_run:
-        target = run.check_request(model, plan, calibration or (), **options)
+        target = towers.check_request(model, plan, calibration or (), **options)
         typer.echo(f"# would write {target}\n{plan.to_toml()}", nl=False)
         return
     options |= {"activations_on_disk": activations_on_disk, "low_memory": low_memory}

@@ -5,8 +5,9 @@ code of the command line: 2 when the request was wrong, 1 when the run itself fa
 """
 
 import difflib
+import json
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 LONGEST_MESSAGE = 2000
 
@@ -83,3 +84,17 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(names)}" if names else "; none is registered"
+
+
+def is_whole_text(values: Any) -> bool:
+    r"""Return whether JSON values can be written as UTF-8, which text with half of a character cannot.
+
+    Example:
+        >>> is_whole_text({"key": ["\u00e9"]}), is_whole_text({"key": ["\ud800"]})
+        (True, False)
+    """
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -230,3 +230,19 @@ def test_a_line_that_is_no_utf8_is_named_among_whole_texts(tiny, tmp_path):
             seed=0,
             whole_texts=True,
         )
+
+
+def test_rows_of_special_tokens_alone_are_refused(tiny, tmp_path):
+    (tmp_path / "lines.txt").write_text("w5\n")
+    options = {"sequences": 1, "held_out": 0, "seed": 0, "whole_texts": True}
+    with pytest.raises(RequestError, match=r"rows of more than the 2 special tokens .* but sequence_length is 2"):
+        load_calibration([tmp_path / "lines.txt"], encoder_tokenizer(tiny), sequence_length=2, **options)
+
+
+def test_half_of_a_character_and_deep_nesting_in_json_lines_are_refused(tiny, tmp_path):
+    for text in ('"\\ud800"', "[" * 100_000):
+        (tmp_path / "a.jsonl").write_text(text + "\n")
+        with pytest.raises(CalibrationError, match="the line at byte 0"):
+            load_calibration(
+                [tmp_path / "a.jsonl"], tiny.tokenizer(), sequences=1, sequence_length=4, held_out=0, seed=0
+            )

@@ -150,6 +150,13 @@ def test_files_of_pairs(tmp_path):
         ("a.jsonl", "{\n", "line 1: one JSON object a line is required"),
         ("a.jsonl", '{"sentence1": "one"}\n', "the keys sentence1 and sentence2 with text are required"),
         ("a.jsonl", "[1]\n", "the keys sentence1 and sentence2"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: one JSON object a line is required"),
+        (
+            "a.jsonl",
+            '{"sentence1": "a", "sentence2": "b", "score": 1' + "0" * 400 + "}\n",
+            "line 1: a number is required",
+        ),
+        ("a.jsonl", '{"sentence1": "\\ud800", "sentence2": "b"}\n', "half of a character"),
     ],
 )
 def test_broken_files_of_pairs(tmp_path, name, content, message):
@@ -170,3 +177,20 @@ def test_a_language_model_is_no_encoder(tiny_model, tmp_path):
     (tmp_path / "a.tsv").write_text("w5\tw6\t1\nw7\tw8\t2\n")
     with pytest.raises(RequestError, match="an encoder is required to embed sentences, but it is a language model"):
         evaluate([tiny_model], pairs=[tmp_path / "a.tsv"])
+
+
+def test_an_encoder_has_no_perplexity(tiny, tiny_text, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    folder = tiny.save(tmp_path / "bert", transformers.BertModel(config))
+    with pytest.raises(
+        RequestError, match="a language model is required to score windows of text, but it is an encoder"
+    ):
+        evaluate([folder], texts=[tiny_text])
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_turned(model):
+    model.tokenizer.padding_side = "left"
+    found = embed_texts(model, ["w5 w7", "w9 w9 w9 w30"], 2, QUIET, "")
+    assert found.tolist() == [[6.0, 1.5], [57 / 4, 2.5]]

@@ -162,3 +162,11 @@ def test_missing_and_foreign_files_of_names(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(RequestError, match="UTF-8 text is required, but byte 3 is not"):
         read_zero_shot(tmp_path / "latin.txt", None)
+
+
+def test_a_classifier_is_not_compared_with_an_encoder(sight, speech, pictures, tmp_path):
+    classifier = zero_shot_classifier(sight, speech, ZeroShot(("w9", "w11"), ("{}",)), 4, QUIET)
+    with pytest.raises(
+        RequestError, match="embeddings, as the reference sight gives, are required, but it gives logits"
+    ):
+        evaluate([classifier], images=[pictures], reference=sight)

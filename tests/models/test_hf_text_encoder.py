@@ -6,7 +6,7 @@ import transformers
 from transformers.models.bert.modeling_bert import BertModel
 
 from bitmend.errors import ModelError
-from bitmend.models.architecture import encoder_class, two_towers
+from bitmend.models.architecture import context_of, encoder_class, two_towers
 from bitmend.models.find import find_adapter
 from bitmend.models.hf_image import answer_of
 from bitmend.protocols import ImageBatch, TokenBatch
@@ -162,3 +162,26 @@ def test_which_class_builds_an_encoder(config, named, tokens, pictures):
     assert encoder_class(config, "tokens") == tokens
     assert encoder_class(config, "pictures") == pictures
     assert two_towers(config) == (named == "CLIPModel")
+
+
+def test_a_layer_between_two_blocks_is_refused(tmp_path):
+    save(tmp_path, "DebertaV2Model", "DebertaV2Config", vocab_size=100, relative_attention=True, conv_kernel_size=3)
+    with pytest.raises(ModelError, match=r"block 1 .* is given something else than the block before it returns"):
+        find_adapter(tmp_path)
+
+
+def test_a_layer_before_the_blocks_is_no_head(tmp_path):
+    save(tmp_path, "ElectraModel", "ElectraConfig", vocab_size=100, embedding_size=8)
+    assert find_adapter(tmp_path).head_names == ()
+
+
+def test_positions_that_are_never_used_do_not_count(tmp_path):
+    model = save(
+        tmp_path / "a", "RobertaModel", "RobertaConfig", vocab_size=100, max_position_embeddings=34, pad_token_id=3
+    )
+    assert context_of(model) == 30
+    model(input_ids=torch.full((1, 30), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 31), 5))
+    other = save(tmp_path / "b", "BertModel", "BertConfig", vocab_size=34, max_position_embeddings=34)
+    assert context_of(other) == 34

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 import bitmend
 from bitmend.calibrate.images import ImageSet
-from bitmend.errors import RequestError, ResumeError
+from bitmend.errors import CalibrationError, RequestError, ResumeError
 from bitmend.pipeline import run
 from bitmend.pipeline.recipe import load_recipe
 from bitmend.pipeline.towers import quantize, sources_of_towers
@@ -112,22 +113,93 @@ def test_a_run_that_is_stopped_in_the_second_tower_goes_on_there(clip, sources, 
 
 
 def test_a_finished_tower_is_not_run_again(clip, sources, tmp_path, monkeypatch):
-    work = tmp_path / "out.towers" / "vision"
-    plan = load_recipe("gptq", KEYS)
-    run.quantize(clip, plan, [sources[0]], output=work, tower="vision")
-    before = (work / "model.safetensors").stat().st_mtime_ns
-    seen = []
-    monkeypatch.setattr("bitmend.pipeline.towers.shutil.rmtree", lambda path, **_: seen.append(path))
-    quantize(clip, plan, sources, output=tmp_path / "out", resume=True)
-    assert (work / "model.safetensors").stat().st_mtime_ns == before
-    assert seen[-1] == tmp_path / "out.towers"
+    honest, solved = run.quantise_blocks, []
+
+    def counting(adapter, *arguments, **options):
+        solved.append(adapter.tower)
+        if solved == ["vision", "text"]:
+            raise KeyboardInterrupt
+        return honest(adapter, *arguments, **options)
+
+    monkeypatch.setattr(run, "quantise_blocks", counting)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(clip, "gptq", sources, output=tmp_path / "out", overrides=KEYS)
+    with pytest.raises(RequestError, match=r"out\.towers holds a stopped run; pass --resume to go on with it, or"):
+        quantize(clip, "gptq", sources, output=tmp_path / "out", overrides=KEYS)
+    quantize(clip, "gptq", sources, output=tmp_path / "out", overrides=KEYS, resume=True)
+    assert solved == ["vision", "text", "text"]
+    assert not (tmp_path / "out.towers").exists()
+
+
+def test_what_is_not_ours_is_never_touched(clip, tmp_path):
+    keys = {"weights.bits": 8, "weights.group_size": -1}
+    (tmp_path / "out.towers").mkdir()
+    (tmp_path / "out.towers" / "thesis.txt").write_text("mine")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(RequestError, match=r"out\.towers is where both runs would work, but holds something else"):
+            quantize(clip, "rtn", output=tmp_path / "out", overrides=keys, **options)
+    assert (tmp_path / "out.towers" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "model.towers").mkdir()
+    shutil.copytree(clip, tmp_path / "model.towers" / "vision")
+    with pytest.raises(RequestError, match=r"lies in .*model\.towers, where both runs would work"):
+        quantize(tmp_path / "model.towers" / "vision", "rtn", output=tmp_path / "model", overrides=keys)
+    assert (tmp_path / "model.towers" / "vision" / "config.json").is_file()
+
+
+def test_files_beside_the_runs_stay_when_they_are_done(clip, sources, tmp_path):
+    work = tmp_path / "out.towers"
+    work.mkdir()
+    (work / "towers.json").write_text('{"replaces_output": false}')
+    (work / "note.txt").write_text("mine")
+    quantize(clip, "rtn", sources, output=tmp_path / "out", overrides=KEYS, resume=True)
+    assert [path.name for path in work.iterdir()] == ["note.txt"]
+
+
+def test_both_towers_are_checked_before_the_first_runs(clip, sources, tmp_path):
+    with pytest.raises(CalibrationError, match="captoins"):
+        quantize(clip, "gptq", [sources[0], tmp_path / "captoins.txt"], output=tmp_path / "out", overrides=KEYS)
+    assert not any(tmp_path.iterdir())
+    quantize(clip, "gptq", sources, output=tmp_path / "out", overrides=KEYS)
+
+
+def test_a_resumed_run_replaces_only_what_it_was_asked_to(clip, sources, tmp_path, monkeypatch):
+    honest = run.quantise_blocks
+
+    def stopping(adapter, *arguments, **options):
+        if adapter.tower == "text":
+            raise KeyboardInterrupt
+        return honest(adapter, *arguments, **options)
+
+    monkeypatch.setattr(run, "quantise_blocks", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(clip, "gptq", sources, output=tmp_path / "out", overrides=KEYS)
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")  # somebody else's model, made meanwhile
+    with pytest.raises(RequestError, match="exists"):
+        quantize(clip, "gptq", sources, output=tmp_path / "out", overrides=KEYS, resume=True)
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def test_what_is_said_of_each_tower_is_its_own(clip, sources, tmp_path):
+    keys = KEYS | {"calibration.sequence_length": 6, "embedding.bits": 8}
+    quantize(clip, "gptq", sources, output=tmp_path / "out", overrides=keys)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    vision, text = record["recipe"]["vision"], record["recipe"]["text"]
+    assert vision["head"]["bits"] == 8
+    assert "head" not in text
+    assert text["embedding"]["bits"] == 8
+    assert "embedding" not in vision
+    assert record["calibration"]["text"]["longest_sequence"] == 6
+    modules = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules"]
+    assert "text_model.embeddings.token_embedding" in modules
 
 
 def test_each_source_goes_to_the_tower_that_reads_it(sources):
     plan = load_recipe("gptq")
-    found = sources_of_towers(plan, [sources[1], "hf:a/b", "more.tar.gz", sources[0], "rows.npz", "lines.jsonl"])
-    assert found["vision"] == ["more.tar.gz", sources[0], "rows.npz"]
-    assert found["text"] == [sources[1], "hf:a/b", "lines.jsonl"]
+    found = sources_of_towers(plan, [sources[1], "hf:a/b", "more.TAR.gz", sources[0], "rows.npz", "lines.jsonl.gz"])
+    assert found["vision"] == ["more.TAR.gz", sources[0], "rows.npz"]
+    assert found["text"] == [sources[1], "hf:a/b", "lines.jsonl.gz"]
 
 
 @pytest.mark.parametrize(

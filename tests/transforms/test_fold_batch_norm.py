@@ -53,19 +53,20 @@ def test_folding_by_hand(bias):
     convolution, norm = nn.Conv2d(2, 2, 1, bias=bias).double(), nn.BatchNorm2d(2, eps=0.25).double().eval()
     with torch.no_grad():
         convolution.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(2, 2, 1, 1))
-        norm.weight.copy_(torch.tensor([6.0, 1.0]))
+        norm.weight.copy_(torch.tensor([6.0, -1.0]))
         norm.bias.copy_(torch.tensor([1.0, 10.0]))
         norm.running_mean.copy_(torch.tensor([1.0, -2.0]))
-        norm.running_var.copy_(torch.tensor([2.0, 0.0]))  # roots of 2.25 and 0.25: factors 4 and 2
+        norm.running_var.copy_(torch.tensor([2.0, 0.0]))  # roots of 2.25 and 0.25: factors 4 and -2
         if bias:
             convolution.bias.copy_(torch.tensor([0.5, -1.0]))
     fold_(convolution, norm)
     assert convolution.weight.flatten(1).tolist() == [[4.0, 8.0], [6.0, 8.0]]
-    assert norm.bias.tolist() == [-3.0, 14.0]
+    assert norm.weight.tolist() == [1.0, -1.0]
+    assert norm.bias.tolist() == [-3.0, 6.0]
     if bias:
         assert convolution.bias.tolist() == [2.0, -2.0]
     ones = torch.ones(1, 2, 1, 1, dtype=torch.float64)
-    assert torch.equal(norm(ones), ones + norm.bias.reshape(1, 2, 1, 1))
+    assert torch.equal(norm(ones).flatten(), torch.tensor([-2.0, 5.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["cifar", "resnet"])
@@ -83,11 +84,11 @@ def test_every_norm_of_a_residual_network_is_folded_and_the_function_stays(tmp_p
         for part in block.module.modules():
             if isinstance(part, nn.BatchNorm2d):
                 seen += 1
-                assert part.weight.tolist() == [1.0] * part.num_features
+                assert set(part.weight.tolist()) <= {1.0, -1.0}
     assert seen == sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
 
 
-def test_a_norm_before_its_convolution_is_left_and_told(tmp_path):
+def test_a_norm_that_reads_no_convolution_is_left_and_told(tmp_path):
     config = CifarResNetConfig(blocks_per_stage=1, stage_channels=[4, 8, 8], image_size=8)
     adapter = opened(tmp_path / "resnet", CifarResNetForImageClassification(config))
     adapter.load_block(1)
@@ -102,12 +103,19 @@ def test_a_norm_before_its_convolution_is_left_and_told(tmp_path):
 @pytest.mark.parametrize("solver", [Rtn(), Gptq()])
 def test_codes_per_channel_are_the_same_with_and_without(solver):
     draw = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(6, 12, generator=draw), torch.randn(40, 12, generator=draw)
-    factor = 2.0 ** torch.arange(-3, 3).unsqueeze(1)  # powers of two, so that nothing rounds otherwise
+    convolution, norm = nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6, eps=0.0).eval()
+    norm.weight.data = 2.0 ** torch.arange(-3, 3) * torch.tensor(
+        [1, -1, 1, -1, 1, 1]
+    )  # so that nothing rounds otherwise
+    inputs = torch.randn(40, 12, generator=draw)
     moments = Moments((inputs.T @ inputs / 40).double(), None, None, num_tokens=40)
-    spec = QuantSpec(UniformGrid(3, symmetric=True), PerChannel(), "minmax")
-    one, other = (solver.solve(Problem(SITE, w, spec, fit=moments)).qtensor for w in (weight, factor * weight))
+    spec = QuantSpec(UniformGrid(3, symmetric=True), PerChannel(), "mse")
+    before = convolution.weight.detach().flatten(1).clone()
+    fold_(convolution, norm)
+    after = convolution.weight.detach().flatten(1)
+    one, other = (solver.solve(Problem(SITE, weight, spec, fit=moments)).qtensor for weight in (before, after))
     assert torch.equal(one.codes, other.codes)
+    factor = 2.0 ** torch.arange(-3, 3).unsqueeze(1)
     assert torch.equal(factor * one.qparams.scale, other.qparams.scale)
 
 
@@ -125,7 +133,7 @@ def test_a_folded_network_is_written_with_its_folded_statistics(tmp_path):
         quantize(tmp_path / "model", load_recipe("rtn", keys), output=tmp_path / name)
         loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / name)
         norm = next(part for part in loaded.modules() if isinstance(part, nn.BatchNorm2d))
-        assert (norm.weight.tolist() == [1.0] * 4) == (name == "folded")
+        assert (set(norm.weight.tolist()) <= {1.0, -1.0}) == (name == "folded")
         with torch.no_grad():
             outputs[name] = loaded(pixel_values=pixels).logits
     assert torch.allclose(outputs["plain"], outputs["folded"], rtol=1e-2, atol=1e-2)

@@ -246,6 +246,12 @@ def load_calibration(
             raise RequestError(f"calibration: {name} must be at least 1, but {value} came; give a positive number")
     if not sources:
         raise CalibrationError("calibration: at least one file is required, but none came; pass --calibration FILE")
+    special = tokenizer.num_special_tokens_to_add() if whole_texts else 0
+    if sequence_length <= special:
+        raise RequestError(
+            f"calibration: rows of more than the {special} special tokens that the tokenizer adds are required, but "
+            f"sequence_length is {sequence_length}; give a larger one"
+        )
     marks = choose_held_out(sequences, held_out, seed)
     pools = [
         read_source(source, tokenizer, sequences, sequence_length, seed, whole_texts=whole_texts) for source in sources

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmend.errors import CalibrationError, QuantizationError, RequestError
+from bitmend.errors import CalibrationError, QuantizationError, RequestError, is_whole_text
 
 WHOLE_FILE_BYTES = 8 * 2**20  # up to here a text file is tokenised in one go
 PIECE_BYTES = 2**20  # larger files are read in pieces of about this size
@@ -223,12 +223,16 @@ def _read_lines(
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise CalibrationError(
-            f"{where}: one JSON value a line is required, but this is none ({error.msg} at column {error.colno}); "
+            f"{where}: one JSON value a line is required, but this is none ({reason}); "
             "mend the line, or name the file .txt if it is plain text"
         ) from error
+    if not is_whole_text(value):
+        raise CalibrationError(f"{where}: text is required, but half of a character stands in it; mend the line")
+    return value
 
 
 def _read_array(path: Path) -> Pool:

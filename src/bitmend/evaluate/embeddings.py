@@ -14,10 +14,11 @@ from scipy import stats
 from torch import Tensor
 
 from bitmend.calibrate.images import LabelledImages
-from bitmend.errors import ModelError, NumericsError, RequestError
+from bitmend.errors import ModelError, NumericsError, RequestError, is_whole_text
 from bitmend.evaluate.images import all_logits
 from bitmend.evaluate.load import LoadedModel
 from bitmend.evaluate.results import EmbeddingResult
+from bitmend.models.architecture import context_of
 from bitmend.models.loading import POOLING_FILE
 from bitmend.numerics.products import FastLinear
 from bitmend.protocols import Progress
@@ -86,8 +87,10 @@ def _columns(line: str, where: str) -> tuple[str, str, float | None]:
 def _json_pair(line: str, where: str) -> tuple[str, str, float | None]:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{where}: one JSON object a line is required, but this is none ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: one JSON object a line is required, but this is none ({error})") from error
+    if not is_whole_text(value):
+        raise RequestError(f"{where}: text is required, but half of a character stands in it; mend the line")
     texts = [value.get(key) for key in KEYS[:2]] if isinstance(value, dict) else []
     sentences = [text for text in texts if isinstance(text, str) and text.strip()]
     if len(sentences) != 2:
@@ -101,8 +104,10 @@ def _json_pair(line: str, where: str) -> tuple[str, str, float | None]:
 def _score(value: Any, where: str) -> float:
     try:
         found = float(value)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{where}: a number is required as score, but {value!r} came; mend the line") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"{where}: a number is required as score, but {str(value)[:40]!r} came; mend the line"
+        ) from error
     if not torch.isfinite(torch.tensor(found)):
         raise RequestError(f"{where}: a finite number is required as score, but {value!r} came; mend the line")
     return found
@@ -143,16 +148,16 @@ def embed_texts(
 
 
 def _tokenised(model: LoadedModel, texts: list[str]) -> Any:
-    config: Any = model.model.config
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = context_of(model.model)
     tokenizer: Any = model.tokenizer
     if tokenizer.pad_token is None:
         raise ModelError(
             f"{model.name}: a tokenizer with a padding token is required to embed texts, but it has none; name one in "
             "tokenizer_config.json"
         )
-    longest = min(longest, tokenizer.model_max_length) if isinstance(longest, int) else tokenizer.model_max_length
-    return tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    most = tokenizer.model_max_length if longest is None else min(longest, tokenizer.model_max_length)
+    sided = {"padding_side": "right"}  # positions and pooling count from the first token
+    return tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt", **sided)
 
 
 def _pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -169,7 +174,7 @@ def _pooling(model: LoadedModel) -> str:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         asked = {key for key, value in content.items() if key.startswith("pooling_mode_") and value is True}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
         raise ModelError(f"{path} is not readable JSON ({error}); copy it again") from error
     if len(asked) == 1 and (way := POOLINGS.get(next(iter(asked)))):
         return way

@@ -27,7 +27,7 @@ from bitmend.evaluate.reference_cache import ReferenceCache, default_folder
 from bitmend.evaluate.results import EvaluationReport, ModelResult, TextResult
 from bitmend.evaluate.windows import TokenWindows, read_windows
 from bitmend.evaluate.zero_shot import ZeroShot, zero_shot_classifier
-from bitmend.models.architecture import two_towers
+from bitmend.models.architecture import encoder_class, two_towers
 from bitmend.models.loading import read_config, resolve_model
 from bitmend.protocols import Progress, SilentProgress
 
@@ -102,16 +102,7 @@ def evaluate(
     Cost: one forward pass of each model and, unless cached, of the reference; memory of one batch of logits of both
     (2 x batch x window x vocabulary numbers) and of the reference's final hidden states.
     """
-    if not models or not (texts or images or pairs) or batch_size < 1:
-        raise RequestError(
-            f"evaluate: at least one model, one text (or set of pictures or pairs) and a batch of one are required, but "
-            f"{len(models)} models, {len(texts)} texts, {len(images)} sets of pictures, {len(pairs)} files of pairs and a "
-            f"batch of {batch_size} came; give what is missing"
-        )
-    if sum(map(bool, (texts, images, pairs))) > 1:
-        raise RequestError("evaluate: no model is scored on two of texts, pictures and sentence pairs; give one kind")
-    if zero_shot is not None and not images:
-        raise RequestError("evaluate: names of classes need pictures to name, but none came; pass --images PATH")
+    _check_request(models, texts, images, pairs, zero_shot, reference, batch_size)
     for source in models:
         if not isinstance(source, LoadedModel):
             read_config(resolve_model(source))  # a wrong name is told before the first model has run for minutes
@@ -147,6 +138,31 @@ def evaluate(
     return EvaluationReport(tuple(results), name, str(dtype).removeprefix("torch."), str(device))
 
 
+def _check_request(
+    models: Sequence[Path | str | LoadedModel],
+    texts: Sequence[Path | str],
+    images: Sequence[Path | str],
+    pairs: Sequence[Path | str],
+    zero_shot: ZeroShot | None,
+    reference: Path | str | LoadedModel | None,
+    batch_size: int,
+) -> None:
+    """Refuse what cannot be scored, before any model is loaded."""
+    if not models or not (texts or images or pairs) or batch_size < 1:
+        raise RequestError(
+            f"evaluate: at least one model, one text (or set of pictures or pairs) and a batch of one are required, but "
+            f"{len(models)} models, {len(texts)} texts, {len(images)} sets of pictures, {len(pairs)} files of pairs and a "
+            f"batch of {batch_size} came; give what is missing"
+        )
+    if sum(map(bool, (texts, images, pairs))) > 1:
+        raise RequestError("evaluate: no model is scored on two of texts, pictures and sentence pairs; give one kind")
+    if texts:
+        for source in (*models, *([] if reference is None else [reference])):
+            _refuse_encoder(source)
+    if zero_shot is not None and not images:
+        raise RequestError("evaluate: names of classes need pictures to name, but none came; pass --images PATH")
+
+
 def _score_on_pictures(
     models: Sequence[Path | str | LoadedModel],
     reference: Path | str | LoadedModel | None,
@@ -155,10 +171,10 @@ def _score_on_pictures(
     dtype: torch.dtype,
 ) -> EvaluationReport:
     answers: list[Float[Tensor, "image label"] | None] = [None] * len(settings.images)
-    name, classes = None, None
+    name, classes, asked_gives = None, None, "logits"
     if reference is not None:
         asked = _of_pictures(reference, settings, device, dtype, own_text=True)
-        name, classes = asked.name, _classes_of(asked)
+        name, classes, asked_gives = asked.name, _classes_of(asked), asked.gives
         for place, path in enumerate(settings.images):
             found = _labelled(asked, path)
             label = f"{asked.name} (reference) on {path}"
@@ -169,6 +185,11 @@ def _score_on_pictures(
     results = []
     for source in models:
         model = _of_pictures(source, settings, device, dtype)
+        if reference is not None and model.gives != asked_gives:
+            raise RequestError(
+                f"{model.name}: {asked_gives}, as the reference {name} gives, are required, but it gives {model.gives}; "
+                "compare a model with the one it was made from"
+            )
         if model.gives == "embeddings":
             results.append(_embedded(model, settings, answers))
             continue
@@ -269,6 +290,24 @@ def _encoder_of_texts(source: Path | str | LoadedModel, device: str | torch.devi
             f"{model.name}: an encoder is required to embed sentences, but it is a language model; pass --text FILE"
         )
     return model
+
+
+def _refuse_encoder(source: Path | str | LoadedModel) -> None:
+    """Raise for a model that gives no distribution over words.
+
+    Raises:
+        RequestError: as above.
+    """
+    encoder = (
+        source.gives == "embeddings"
+        if isinstance(source, LoadedModel)
+        else encoder_class(read_config(resolve_model(source)), "tokens") is not None
+    )
+    if encoder:
+        name = source.name if isinstance(source, LoadedModel) else str(source)
+        raise RequestError(
+            f"{name}: a language model is required to score windows of text, but it is an encoder; pass --pairs FILE"
+        )
 
 
 def _classes_of(model: LoadedModel) -> dict[int, str] | None:

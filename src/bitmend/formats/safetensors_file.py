@@ -17,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitmend.errors import CheckpointError
-from bitmend.models.bounds import is_whole_text
+from bitmend.errors import CheckpointError, is_whole_text
 from bitmend.models.shards import DTYPES
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself

@@ -138,6 +138,22 @@ def _class_names(config: Any) -> set[str]:
     return {mapping[type(config)].__name__ for mapping in mappings if type(config) in mapping}
 
 
+def context_of(model: Any) -> int | None:
+    """Return how many tokens a model can read at once; None where its config does not say.
+
+    Where positions are counted from behind the padding token's number, as RoBERTa's are, the first of them are never used.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest <= 0:
+        return None
+    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not words)
+    unused = [
+        part.padding_idx + 1 for part in tables if part.num_embeddings == longest and part.padding_idx is not None
+    ]
+    return longest - max(unused, default=0)
+
+
 def module_lists(model: nn.Module) -> str:
     """Return the outermost module lists of a model in words: `model.layers (2 x LlamaDecoderLayer)`."""
     found: dict[str, str] = {}

@@ -157,17 +157,3 @@ def _names(path: Path, size: int) -> int:
         twice = next(name for number, name in enumerate(names) if name in names[:number])
         raise CheckpointError(f"the header of {path} describes {twice!r} twice; copy or download it again")
     return len(names)
-
-
-def is_whole_text(values: Any) -> bool:
-    r"""Return whether JSON values can be written as UTF-8, which text with half of a character cannot.
-
-    Example:
-        >>> is_whole_text({"key": ["\u00e9"]}), is_whole_text({"key": ["\ud800"]})
-        (True, False)
-    """
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

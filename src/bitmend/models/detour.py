@@ -145,25 +145,37 @@ class Probe:
         form: how the blocks return.
         order: indices of the blocks in the order of their calls.
         first_output: what block 0 made of the tokens.
+        changed: the first block that was given something else than the one before it returned; None when none was.
     """
 
     form: ReturnForm
     order: tuple[int, ...]
     first_output: Tensor
+    changed: int | None = None
 
 
 def probe(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> Probe:
     """Run the model with block 0 at work and all others passing their input on."""
     order: list[int] = []
     outputs: list[Any] = []
+    changed: list[int] = []
 
     def watch(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         order.append(index)
         if not outputs:
             outputs.append(type(blocks[index]).forward(blocks[index], *args, **kwargs))
             return outputs[0]
-        return ReturnForm.of(outputs[0]).wrap(split_hidden(args, kwargs)[0])
+        given = split_hidden(args, kwargs)[0]
+        if not changed and not _equal(given, ReturnForm.unwrap(outputs[0])):
+            changed.append(index)
+        return ReturnForm.of(outputs[0]).wrap(given)
 
     with torch.no_grad(), detour(blocks, watch):
         run()
-    return Probe(ReturnForm.of(outputs[0]), tuple(order), ReturnForm.unwrap(outputs[0]))
+    first = ReturnForm.unwrap(outputs[0])
+    return Probe(ReturnForm.of(outputs[0]), tuple(order), first, changed[0] if changed else None)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors hold the same, not-a-numbers in the same places."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

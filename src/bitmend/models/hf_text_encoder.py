@@ -4,6 +4,7 @@ They read a text as a whole, and what they give is an embedding: of each token, 
 last block, of the text. Texts of different lengths are padded on the right, and what attends is told where.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,8 +35,9 @@ class HfTextEncoder(HfTokens):
 
     def __init__(self, model: nn.Module, folder: Path, config: Any, source: TensorSource) -> None:
         """Find the blocks of an empty model and load the rest; use `open` instead."""
+        self._behind: list[str] = []
         super().__init__(model, folder, config, source)
-        self.head_names = tuple(name for name, part in model.named_children() if isinstance(part, nn.Linear))
+        self.head_names = tuple(self._behind)
 
     @classmethod
     def why_not(cls, config: Any) -> str | None:
@@ -66,7 +68,7 @@ class HfTextEncoder(HfTokens):
 
     @torch.no_grad()
     def _check(self, seen: Probe) -> None:
-        """Refuse a model in which something else than the next block reads what a block returns."""
+        """Refuse a model in which something else than the next block reads what a block returns; find what lies behind it."""
         del seen
         last, batch = len(self.block_names) - 1, self.few_rows()
         read: list[Any] = []
@@ -76,7 +78,13 @@ class HfTextEncoder(HfTokens):
             read.append((args[1:], {key: value for key, value in kwargs.items() if value is not hidden}))
             return self._form.wrap(torch.ones_like(hidden) if index == last else torch.full_like(hidden, torch.nan))
 
-        with self._detour(replace):
+        def note(name: str) -> Any:
+            return lambda *_: self._behind.append(name) if len(read) > last else None
+
+        with ExitStack() as hooks, self._detour(replace):
+            for name, part in self.model.named_children():
+                if isinstance(part, nn.Linear):
+                    hooks.callback(part.register_forward_pre_hook(note(name)).remove)
             given = self.answer(self.model(**self._call(batch)))
         tensors = [leaf for leaf in tree_leaves(read) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not bool(given.isfinite().all()) or any(bool(tensor.isnan().any()) for tensor in tensors):

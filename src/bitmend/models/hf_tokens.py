@@ -170,6 +170,11 @@ class HfTokens(HfBlocks):
                 f"the {count} blocks of {self._what()} ({self._blocks.name}) run in the order {list(seen.order)}, need "
                 "each once and in turn; this architecture needs an adapter of its own"
             )
+        if seen.changed is not None:
+            raise ModelError(
+                f"block {seen.changed} of {self._what()} ({self._blocks.name}) is given something else than the block before "
+                "it returns, so that a layer between them would be left out; this architecture needs an adapter of its own"
+            )
         return seen
 
     @torch.no_grad()

@@ -13,9 +13,9 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from bitmend.errors import ModelError, QuantizationError
+from bitmend.errors import ModelError, QuantizationError, is_whole_text
 from bitmend.models import cifar_resnet as _registers_its_classes  # noqa: F401
-from bitmend.models.bounds import Stored, check_counts, is_whole_text, no_more_than, refuse_special_files
+from bitmend.models.bounds import Stored, check_counts, no_more_than, refuse_special_files
 
 CONFIG_FILE = "config.json"
 CAUSAL_LM, IMAGE_CLASSIFIER = "AutoModelForCausalLM", "AutoModelForImageClassification"

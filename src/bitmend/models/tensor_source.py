@@ -55,6 +55,7 @@ class TensorSource:
         self.device = device
         self._wide = _kept_in_float32(model, dtype)
         places = {name: place for name, place in model.state_dict().items() if isinstance(place, Tensor)}
+        self._floating = {name for name, place in places.items() if place.is_floating_point()}
         self._cuts: dict[str, _Cut] = {}
         self._stored = self._match(places)
         self._match_packed(places)
@@ -91,6 +92,11 @@ class TensorSource:
         if cut is not None:
             tensor = cut.form.cut(tensor, cut.role, cut.leaf).contiguous()
         dtype = self._dtype_of(name) if tensor.is_floating_point() else tensor.dtype
+        if not tensor.is_floating_point() and name in self._floating:
+            raise CheckpointError(
+                f"tensor {self._stored[name]} in {self.weights.folder} has type {tensor.dtype}, need a floating-point one; "
+                "copy the model again"
+            )
         # What lies in a mapped file is copied, because blocks are changed in place later.
         return tensor.to(device=self.device, dtype=dtype, copy=self.weights.shares_memory)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from bitmend.calibrate.data import CalibrationSet, Split, load_calibration
 from bitmend.calibrate.images import ImageSet, load_images
 from bitmend.errors import RequestError
+from bitmend.models.architecture import context_of
 from bitmend.models.image_processor import channels_of, load_processor
 from bitmend.models.loading import CAUSAL_LM
 from bitmend.models.tokenizer import load_tokenizer
@@ -102,8 +103,7 @@ def row_length(recipe: Recipe, adapter: ModelAdapter, rows: CalibrationSet | Non
     Raises:
         RequestError: more than the model's context.
     """
-    context = getattr(adapter.model.config, "max_position_embeddings", None)
-    context = context if isinstance(context, int) and context > 0 else LONGEST_DEFAULT_SEQUENCE
+    context = context_of(adapter.model) or LONGEST_DEFAULT_SEQUENCE
     in_front = 0 if recipe.prefix is None else recipe.prefix.most_tokens
     if in_front >= context:
         raise RequestError(

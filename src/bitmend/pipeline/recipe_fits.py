@@ -39,6 +39,8 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
         ModelError: packed experts in a form that cannot be quantised, or attention that cannot be rounded but is to be.
     """
     _check_transforms(recipe)
+    if recipe.prefix is not None and adapter.task != CAUSAL_LM:
+        raise RecipeError("a prefix stands in front of what a decoder reads, and the model is none; leave prefix out")
     found = _find(adapter, attend=recipe.changes_attention)
     for name, width in found.widths.items():
         _check_site(recipe, adapter, name, width)

@@ -1,8 +1,8 @@
 """Folds the scale of a batch norm into the convolution before it, so that weights are judged where their error counts.
 
-With mean m, variance v, gain g and bias b of a channel, g (W x - m) / sqrt(v + eps) + b = W' x + b', where
+With mean m, variance v, gain g and bias b of a channel, g (W x - m) / sqrt(v + eps) + b = sign(g) W' x + b', where
 
-    W' = g W / sqrt(v + eps),    b' = b - g m / sqrt(v + eps).
+    W' = |g| W / sqrt(v + eps),    b' = b - g m / sqrt(v + eps).
 
 Folding is usually done to save an operation, and for scales that all channels share, which it makes fit better. With one
 scale a channel the codes of round-to-nearest and GPTQ are the same with and without it: a row and its scale grow by one
@@ -10,8 +10,9 @@ factor. What changes is every error that is summed over channels: without foldin
 as much as one that it turns up, so that a strength chosen for a whole matrix (`marr`), and the verdict whether a candidate
 is kept, are about the wrong sum.
 
-How we differ: the norm stays where it is, with mean 0, variance 1 - eps, gain 1 and b' as its bias, so that any model code
-runs as before and a convolution without bias needs none.
+How we differ: the norm stays where it is, with mean 0, variance 1 - eps, the sign of g as its gain and b' as its bias, so
+that any model code runs as before and a convolution without bias needs none. The sign is left there because a symmetric
+grid has one level more below zero than above: the codes of a mirrored row would be others.
 """
 
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def _can_be_folded(norm: nn.BatchNorm2d) -> bool:
 
 @torch.no_grad()
 def fold_(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Let the convolution give what the norm gave but for its bias, and the norm add that.
+    """Let the convolution give what the norm gave but for sign and bias, and the norm no more than these.
 
     Example:
         >>> convolution, norm = nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, eps=0.0).eval()
@@ -70,12 +71,13 @@ def fold_(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    factor: Float[Tensor, " channel"] = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    gain: Float[Tensor, " channel"] = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    factor = gain.abs()
     weight = convolution.weight
     weight.copy_(weight.double() * factor.reshape(-1, 1, 1, 1))
     if convolution.bias is not None:
         convolution.bias.copy_(convolution.bias.double() * factor)
-    norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * factor)
+    norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * gain)
     norm.running_mean.zero_()
     norm.running_var.fill_(1 - norm.eps)
-    norm.weight.fill_(1)
+    norm.weight.copy_(torch.where(gain < 0, -1.0, 1.0))

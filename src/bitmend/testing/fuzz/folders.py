@@ -105,7 +105,7 @@ def _of_pictures(place: Path) -> None:
         model.save_pretrained(place / name)
         size = {"height": 8, "width": 8}
         _write(place / name / "preprocessor_config.json", {"image_processor_type": "ViTImageProcessor", "size": size})
-    static = {"activations.bits": 4, "activations.static": True, "activations.symmetric": False}
+    static: dict[str, Any] = {"activations.bits": 4, "activations.static": True, "activations.symmetric": False}
     static["activations.observer"] = "percentile"
     twin = {"activations.after_gelu": "twin", "attention.static": True, "attention.probability_grid": "log_sqrt2"}
     attended = {f"attention.{name}_bits": 4 for name in ("query", "key", "value", "probability")}
