@@ -163,3 +163,8 @@ def test_an_embedding_table_is_quantised_where_there_is_no_head(bert, lines, tmp
     assert 0 < (found - expected).abs().max() < expected.abs().max() / 100
     with pytest.raises(RecipeError, match="no layer behind its blocks that makes its answer; leave head out"):
         check_request(bert, "rtn", [lines], overrides=KEYS | {"head.bits": 8})
+
+
+def test_a_prefix_is_for_decoders(bert, lines):
+    with pytest.raises(RecipeError, match="a prefix stands in front of what a decoder reads, and the model is none"):
+        check_request(bert, "gptq", [lines], overrides=KEYS | {"prefix.tokens": [5]})

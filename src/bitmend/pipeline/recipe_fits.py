@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from bitmend.errors import ModelError, RecipeError, nearest_name
 from bitmend.models.experts import refuse_packed
+from bitmend.models.loading import CAUSAL_LM
 from bitmend.numerics.granularity import num_groups
 from bitmend.pipeline.recipe import Recipe
 from bitmend.protocols import LearningTransform, ModelAdapter
@@ -39,7 +40,7 @@ def check_recipe_fits(recipe: Recipe, adapter: ModelAdapter) -> None:
         ModelError: packed experts in a form that cannot be quantised, or attention that cannot be rounded but is to be.
     """
     _check_transforms(recipe)
-    if recipe.prefix is not None and adapter.task != CAUSAL_LM:
+    if recipe.prefix is not None and adapter.reads == "tokens" and adapter.task != CAUSAL_LM:
         raise RecipeError("a prefix stands in front of what a decoder reads, and the model is none; leave prefix out")
     found = _find(adapter, attend=recipe.changes_attention)
     for name, width in found.widths.items():
