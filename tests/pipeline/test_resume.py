@@ -778,12 +778,6 @@ def test_an_output_that_is_not_there_is_not_finished(tmp_path):
     assert finished_run(tmp_path / "empty", {}) is None
 
 
-def test_quantize_is_the_public_name():
-    import bitmend
-
-    assert bitmend.quantize is quantize
-
-
 def test_a_run_killed_while_it_removes_its_partial_folder_is_tidied_up(run_tiny, tmp_path, monkeypatch):
     """At whichever removal: the journal goes last, so that what is left still says which run it belongs to."""
     original, left = os.unlink, []

@@ -225,3 +225,7 @@ def test_other_models_are_run_as_they_are(tiny_model, tiny_text, tmp_path):
     run.quantize(tiny_model, "gptq", [tiny_text], output=tmp_path / "other", overrides=keys)
     first, second = tensors(tmp_path / "one"), tensors(tmp_path / "other")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_quantize_is_the_public_name():
+    assert bitmend.quantize is quantize
