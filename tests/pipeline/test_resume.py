@@ -24,7 +24,7 @@ from bitmend.pipeline import resume as module
 from bitmend.pipeline import run as run_module
 from bitmend.pipeline.per_site import PerSite
 from bitmend.pipeline.resume import Journal, finished_run, report_from_json
-from bitmend.pipeline.run import check_request, quantize, report_to_json
+from bitmend.pipeline.run import check_request, report_to_json
 from bitmend.protocols import Event, Need, SilentProgress
 from bitmend.solvers.rtn import Rtn
 
