@@ -127,5 +127,6 @@ def test_a_plain_folder_is_well_formed_or_refused(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
 def test_a_shard_with_a_name_that_no_file_can_have(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match=r"names the weight file .*, which is not in"):
+    sentence = "half of a character" if name == "\ud800" else r"names the weight file .*, which is not in"
+    with pytest.raises(CheckpointError, match=sentence):
         weight_files(tmp_path)
