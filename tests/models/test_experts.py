@@ -18,6 +18,7 @@ from bitmend.models.experts import (
     unpack_experts_,
 )
 from bitmend.models.hf_causal_lm import HfCausalLm
+from bitmend.testing.replay import replay
 
 PACKED_IN_FILES = ("granite-moe", "gpt-oss")
 
@@ -184,16 +185,6 @@ def test_a_dense_model_has_no_experts(families):
 
 
 # ------------------------------------------------------------------------------------------------ from disk
-def replay(adapter, batch):
-    inputs = adapter.block_inputs(batch)
-    hidden = inputs.hidden
-    for index in range(len(adapter.block_names)):
-        adapter.load_block(index)
-        hidden = adapter.run_block(index, hidden, inputs)
-        adapter.release_block(index)
-    return adapter.logits(hidden, batch)
-
-
 def whole(folder, batch, implementation=None):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation).eval()
     mask = None if batch.mask is None else batch.mask.long()

@@ -9,16 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bitmend.models.hf_causal_lm import HfCausalLm
 from bitmend.protocols import TokenBatch
-
-
-def replay(adapter, batch):
-    inputs = adapter.block_inputs(batch)
-    hidden = inputs.hidden
-    for index in range(len(adapter.block_names)):
-        adapter.load_block(index)
-        hidden = adapter.run_block(index, hidden, inputs)
-        adapter.release_block(index)
-    return adapter.logits(hidden, batch)
+from bitmend.testing.replay import replay
 
 
 @pytest.fixture

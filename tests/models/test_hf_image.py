@@ -16,6 +16,7 @@ from bitmend.models.loading import read_config
 from bitmend.models.tensor_source import TensorSource
 from bitmend.numerics.products import FastLinear
 from bitmend.protocols import ImageBatch, TokenBatch
+from bitmend.testing.replay import replay
 
 spec = importlib.util.spec_from_file_location("bitmend_image_families", Path(__file__).parent / "image_families.py")
 assert spec is not None
@@ -71,15 +72,8 @@ def test_the_first_layer_reads_the_pictures(opened):
 def test_replaying_the_blocks_gives_the_models_logits_bit_for_bit(opened):
     family, model, adapter = opened
     batch = pictures(family)
-    inputs = adapter.block_inputs(batch)
-    hidden = inputs.hidden
-    for index in range(len(adapter.block_names)):
-        adapter.load_block(index)
-        hidden = adapter.run_block(index, hidden, inputs)
-        adapter.release_block(index)
     with torch.no_grad(), FastLinear():
-        expected = model(pixel_values=batch.pixels).logits
-        assert torch.equal(adapter.logits(hidden, batch), expected)
+        assert torch.equal(replay(adapter, batch), model(pixel_values=batch.pixels).logits)
 
 
 def test_the_blocks_hold_every_layer_but_the_heads(opened):

@@ -10,6 +10,7 @@ from bitmend.models.architecture import context_of, encoder_class, two_towers
 from bitmend.models.find import find_adapter
 from bitmend.models.hf_image import answer_of
 from bitmend.protocols import ImageBatch, TokenBatch
+from bitmend.testing.replay import replay
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {
@@ -38,16 +39,6 @@ def save(folder, name, config_name, **changes):
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model
-
-
-def replay(adapter, batch):
-    inputs = adapter.block_inputs(batch)
-    hidden = inputs.hidden
-    for index in range(len(adapter.block_names)):
-        adapter.load_block(index)
-        hidden = adapter.run_block(index, hidden, inputs)
-        adapter.release_block(index)
-    return adapter.logits(hidden, batch)
 
 
 @pytest.fixture

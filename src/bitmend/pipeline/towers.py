@@ -61,6 +61,8 @@ def quantize(
 
     Raises:
         RequestError, ResumeError, NumericsError, FactorizationError, OutputError: as `pipeline.run.quantize`.
+
+    Cost: of two towers that of both runs; to put them together the memory of one shard of weights, and both on disk twice.
     """
     trusts = bool(options.get("trust_remote_code"))
     folder = resolve_model(model)
