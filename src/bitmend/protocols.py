@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bitmend.compensation import CompensationShape
 from bitmend.errors import RequestError
 from bitmend.linalg.learned_rotation import AnyRotation, StreamRotation
+from bitmend.linalg.least_squares import RegressionSums
 from bitmend.linalg.moments import Moments
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.observers import choose_qparams
@@ -344,28 +346,76 @@ class LearningTransform(Transform, Protocol):
         ...
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """Activations of the calibration rows, one batch at a time; may be iterated more than once."""
+@dataclass(frozen=True)
+class CompensationProblem:
+    """Everything that a compensator may look at: sums over the tokens at one block (`linalg/least_squares.py`).
 
-    def __iter__(self) -> Iterator[Float[Tensor, "batch sequence features"]]: ...
+    x is what the block reads in the quantised network, y what it gives there, and e, one for each of the compensator's
+    targets, what y lacks.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        where: name of the block; for events only.
+        shape: features in and out, and how they lie; its structure is for the compensator to choose.
+        folds: sums of the fit rows, each row in one of them.
+        held_out: of the held-out rows; None without a split.
+    """
+
+    where: str
+    shape: CompensationShape
+    folds: Sequence[RegressionSums]
+    held_out: RegressionSums | None = None
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What a compensator returns.
+
+    Attributes:
+        shape: of the map beside the block; None: none that helps.
+        tensors: as `shape` names them.
+        diagnostics: plain numbers for the run report.
+        events: what the user must be told.
+    """
+
+    shape: CompensationShape | None
+    tensors: Mapping[str, Tensor]
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    events: tuple[Event, ...] = ()
 
 
 @runtime_checkable
 class Compensator(Protocol):
-    """Adds parameters after rounding: QwT."""
+    """Puts a small map beside each block after rounding: QwT.
 
-    def fit(self, x_q: Stream, y_q: Stream, y_fp_local: Stream, y_fp: Stream) -> nn.Module:
-        """Return a module that maps (block input, block output) to a better block output.
+    Attributes:
+        folds: into how many parts the fit rows are divided.
+        token_cap: a token of ||x||^2 above this many times the median counts less, by as much.
+    """
 
-        Args:
-            x_q: input of the block in the quantised network.
-            y_q: output of the quantised block on it.
-            y_fp_local: output of the full-precision block on the same input.
-            y_fp: output of the block in the full-precision network.
-        """
+    folds: ClassVar[int]
+    token_cap: float
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What is measured as lacking: `local`, against the full-precision block on the same x, or `trajectory`."""
+        ...
+
+    @property
+    def judges_model(self) -> bool:
+        """Whether all maps are dropped where the whole model is no better for them on held-out rows."""
+        ...
+
+    @property
+    def num_solved(self) -> int:
+        """How many maps are solved for on each fold, for the forecast."""
+        ...
+
+    def largest(self, shape: CompensationShape) -> CompensationShape:
+        """Return the largest map that may come out at such a place, for the forecast."""
+        ...
+
+    def fit(self, problem: CompensationProblem) -> Compensated:
+        """Return the map that predicts the last of the targets best."""
         ...
 
 
@@ -673,6 +723,7 @@ class BlockReport:
         sites: in execution order.
         seconds: wall time of the whole block.
         transforms: what the guard found, in order; that of a transform of the whole model stands at the first block.
+        compensation: the numbers of the map beside the block, and whether it is `kept`; empty without a compensator.
     """
 
     name: str
@@ -680,6 +731,7 @@ class BlockReport:
     sites: list[SiteReport] = field(default_factory=list)
     seconds: float = 0.0
     transforms: list[TransformReport] = field(default_factory=list)
+    compensation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitmend.compensation import BIAS_DTYPE, CHILD, Compensation, attach_compensation_
 from bitmend.errors import CheckpointError, ModelError, RecipeError
 from bitmend.formats.integrity import check_files
 from bitmend.formats.manifest import QUANT_METHOD, Manifest, ManifestEntry
@@ -86,6 +87,7 @@ class BitmendQuantizer(HfQuantizer):
         swapped = swap_modules_(model, manifest, dtype)
         online = attach_online_(model, manifest)
         attending = attach_attentions_(model, manifest)
+        compensated = attach_compensations_(model, manifest, records)
         _forget_ties(model, swapped)
         if records is not None:
             _check_model(model, records)
@@ -97,12 +99,13 @@ class BitmendQuantizer(HfQuantizer):
             {online[name]: _moved(scheme, online) for name, scheme in manifest.inputs.items() if name in online},
             {online[name]: _held_at(one, online) for name, one in manifest.outputs.items() if name in online},
             {attending[name]: scheme for name, scheme in manifest.attentions.items() if name in attending},
+            {compensated[name]: one for name, one in manifest.compensations.items() if name in compensated},
         )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Keep packed tensors and scales as stored, whatever dtype the model is asked for in."""
         names = getattr(converter, "target_patterns", ())
-        if any(name.rpartition(".")[2] in (WORDS, SCALE, ZERO_WORDS) for name in names):
+        if any(name.rpartition(".")[2] in (WORDS, SCALE, ZERO_WORDS) or f".{CHILD}." in name for name in names):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -137,6 +140,7 @@ def check_empty_model_(model: PreTrainedModel, manifest: Manifest, records: Mapp
     _forget_ties(model, swap_modules_(model, manifest, None))
     attach_online_(model, manifest)
     attach_attentions_(model, manifest)
+    attach_compensations_(model, manifest, records)
     _check_model(model, records)
 
 
@@ -272,6 +276,38 @@ def attach_attentions_(model: PreTrainedModel, manifest: Manifest) -> dict[str, 
             _check_prefix(name, scheme.prefix, heads, width)
             _hold_empty_prefix_(model, module, scheme.prefix)
         attach_attention(module, scheme)
+    return found
+
+
+def attach_compensations_(
+    model: nn.Module, manifest: Manifest, records: Mapping[str, TensorRecord] | None = None
+) -> dict[str, str]:
+    """Put empty maps beside the blocks that the manifest names, which change what these give, whenever the model runs.
+
+    Returns:
+        Path in the manifest -> path in this model, as `swap_modules_` does.
+
+    Raises:
+        CheckpointError: a block that does not exist, that would run its children in a row, or whose map is in no file.
+    """
+    found = _paths_in(model, manifest.compensations, "has a map beside")
+    for name, path in found.items():
+        block, shape = model.get_submodule(path), manifest.compensations[name]
+        if isinstance(block, nn.Sequential) or CHILD in block._modules:
+            raise CheckpointError(
+                f"the checkpoint has a map beside {name}, where {type(block).__name__} has no place for one"
+            )
+        device = next((one.device for one in (*block.parameters(), *block.buffers())), torch.device("cpu"))
+        tensors = {}
+        for key, wanted in shape.shapes.items():
+            record = None if records is None else records.get(f"{name}.{CHILD}.{key}")
+            if records is not None and record is None:
+                raise CheckpointError(f"the checkpoint lacks {name}.{CHILD}.{key}, which its manifest announces")
+            dtype = BIAS_DTYPE if key == "bias" else torch.bfloat16 if record is None else record.dtype
+            if not dtype.is_floating_point:
+                raise CheckpointError(f"{name}.{CHILD}.{key} must hold floating numbers, but is {dtype} in the file")
+            tensors[key] = torch.zeros(wanted, dtype=dtype, device=device)
+        attach_compensation_(block, Compensation(shape, tensors))
     return found
 
 

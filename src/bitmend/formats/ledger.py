@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bitmend.compensation import CHILD
 from bitmend.errors import CheckpointError
 from bitmend.formats import read_gptq
 from bitmend.formats.manifest import QUANT_METHOD, Manifest
@@ -177,12 +178,15 @@ def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: 
         raise CheckpointError(f"quantization_config of {folder} must be a table; got {described!r:.80}")
     quantised = _quantised_modules(headers, described, folder)
     records = {name: record for header in headers.values() for name, record in header.tensors.items()}
+    beside = _maps_beside(described)
     accounts = {name: _Account(weights=codes.weights) for name, codes in quantised.items()}
     for name, record in records.items():
         module, _, leaf = name.rpartition(".")
         account = accounts.setdefault(module, _Account())
         bits = 8 * record.num_bytes
-        if module not in quantised:
+        if module in beside:  # no parameter of the original model
+            account.book("side", bits)
+        elif module not in quantised:
             account.weights += record.numel
             account.book(_category(name, record), bits)
         elif leaf in _PARTS:
@@ -200,6 +204,13 @@ def ledger_of(headers: Mapping[str, Header], config: Mapping[str, Any], folder: 
         online=_online(described),
         rotation_bytes=len(json.dumps(rotations)) if rotations else 0,
     )
+
+
+def _maps_beside(config: Mapping[str, Any]) -> set[str]:
+    """Return the modules that are maps beside blocks."""
+    if config.get("quant_method") != QUANT_METHOD:
+        return set()
+    return {f"{block}.{CHILD}" for block in Manifest.from_json(config).compensations}
 
 
 def _used_bits(category: str, module: str, codes: _Codes, records: Mapping[str, TensorRecord], stored: int) -> int:

@@ -61,7 +61,15 @@ not evenly spaced, which say their `kind`; without one it is `uniform`. Queries,
                 "encoder.layer.1.attention": {"probabilities": {"kind": "twin_softmax", "bits": 4, "split_exponent": 6}}}}
 ```
 
-`seal` is over `schemes`, `modules` and `tied`, and over `inputs`, `outputs` and `attentions` where there are any: two
+The maps beside blocks (`compensation.py`) come with format version 6; their tensors are those of a module `compensation` of
+the block:
+
+```json
+{"compensations": {"model.layers.0": {"structure": "low_rank", "inputs": 256, "outputs": 256, "rank": 16, "groups": 1,
+                                      "channels_first": false, "stride": 1, "clamped": false}}}
+```
+
+`seal` is over `schemes`, `modules` and `tied`, and over all of the above where there are any: two
 schemes may give tensors of the same shapes (groups of 16 and ragged groups of 20 of a width of 32), so that the files alone
 cannot tell a scheme that was changed. Folders of older versions have none.
 """
@@ -71,12 +79,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitmend.compensation import STRUCTURES, CompensationShape
 from bitmend.errors import CheckpointError, RecipeError, RequestError
 from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
@@ -91,7 +100,9 @@ from bitmend.numerics.uniform import UniformGrid
 from bitmend.online import AttentionScheme, InputScheme, PrefixShape
 
 QUANT_METHOD = "bitmend"
-FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES, VERSION_LATEST = 1, 2, 3, 4, 5
+FORMAT_VERSION, VERSION_WITH_INPUTS, VERSION_WITH_ATTENTION, VERSION_WITH_RANGES, VERSION_WITH_GRIDS = 1, 2, 3, 4, 5
+VERSION_WITH_COMPENSATIONS = VERSION_LATEST = 6
+LARGEST_COMPENSATED = 1 << 20  # features of a block; what a hostile file may ask for
 LARGEST_ROTATION = 1 << 20  # features; what a hostile file may ask for
 UNKEPT_SCALE_BITS = 32  # of activations that no cache keeps
 OPERANDS = ("queries", "keys", "values", "probabilities")
@@ -147,6 +158,7 @@ class Manifest:
         inputs: full module path -> what is done to what the module reads, while the model runs.
         outputs: full module path -> how what the module gives is rotated.
         attentions: full module path -> how the module rounds what it attends with.
+        compensations: full path of a block -> the map beside it.
     """
 
     modules: Mapping[str, ManifestEntry]
@@ -156,6 +168,7 @@ class Manifest:
     inputs: Mapping[str, InputScheme] = field(default_factory=dict)
     outputs: Mapping[str, StreamRotation] = field(default_factory=dict)
     attentions: Mapping[str, AttentionScheme] = field(default_factory=dict)
+    compensations: Mapping[str, CompensationShape] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the dictionary that goes into config.json."""
@@ -176,13 +189,17 @@ class Manifest:
         if config["format_version"] >= VERSION_WITH_ATTENTION:
             config["attentions"] = {name: attention_to_json(one) for name, one in self.attentions.items()}
             config["rotations"] = shared
+        if config["format_version"] >= VERSION_WITH_COMPENSATIONS:
+            config["compensations"] = {name: one.to_json() for name, one in self.compensations.items()}
         config |= {"provenance": dict(self.provenance), "files": dict(self.files)}
         return config | {"seal": _seal(config)}
 
     def _version(self, shares: bool) -> int:
         """Return the oldest format version that holds all of this, so that older readers read what they can."""
-        if self._came_last():
-            return VERSION_LATEST
+        if self.compensations:
+            return VERSION_WITH_COMPENSATIONS
+        if self._came_with_grids():
+            return VERSION_WITH_GRIDS
         static = any(isinstance(spec, ActivationSpec) and spec.ranges is not None for spec in self._activations())
         if static or any(one.prefix is not None for one in self.attentions.values()):
             return VERSION_WITH_RANGES
@@ -190,8 +207,8 @@ class Manifest:
             return VERSION_WITH_ATTENTION
         return VERSION_WITH_INPUTS if self.inputs or self.outputs else FORMAT_VERSION
 
-    def _came_last(self) -> str:
-        """Return in words what only the latest format version holds, or nothing."""
+    def _came_with_grids(self) -> str:
+        """Return in words what came with the fifth format version, or nothing."""
         rotations: list[AnyRotation | None] = [one.rotation for one in self.inputs.values()]
         rotations += [*(one.rotation for one in self.attentions.values()), *self.outputs.values()]
         if any(isinstance(one, LearnedRotation) or (isinstance(one, Rotation) and one.keeps_mean) for one in rotations):
@@ -248,7 +265,9 @@ class Manifest:
         if version >= VERSION_WITH_ATTENTION:
             tables = _get(config, "attentions", dict)
             attentions = {name: attention_from_json(name, one) for name, one in tables.items()}
-        found = cls(modules, tied, _get(config, "provenance", dict), files, inputs, outputs, attentions)
+        compensations = _compensations_of(config, version)
+        provenance = _get(config, "provenance", dict)
+        found = cls(modules, tied, provenance, files, inputs, outputs, attentions, compensations)
         found._refuse_older_version(version)
         return found
 
@@ -256,7 +275,7 @@ class Manifest:
         """Refuse a version that does not know what was read."""
         needed = self._version(shares=False)
         if needed > version:
-            what = self._came_last() or "ranges or a prefix"
+            what = self._came_with_grids() or "ranges or a prefix"
             raise CheckpointError(
                 f"quantization_config has format_version {version}, but holds {what}, which came with {needed}; copy "
                 "config.json again"
@@ -275,6 +294,7 @@ def quantization_config(
     inputs: Mapping[str, InputScheme] | None = None,
     outputs: Mapping[str, StreamRotation] | None = None,
     attentions: Mapping[str, AttentionScheme] | None = None,
+    compensations: Mapping[str, CompensationShape] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of a checkpoint; the writer adds the checksums of the files.
 
@@ -285,8 +305,9 @@ def quantization_config(
         inputs: full module path -> what is done to what the module reads, while the model runs.
         outputs: full module path -> how what the module gives is rotated.
         attentions: full module path -> how the module rounds what it attends with.
+        compensations: full path of a block -> the map beside it.
     """
-    tables = (inputs or {}, outputs or {}, attentions or {})
+    tables = (inputs or {}, outputs or {}, attentions or {}, compensations or {})
     return Manifest(sites, tied or {}, provenance or {}, {}, *tables).to_json()
 
 
@@ -344,6 +365,34 @@ def attention_from_json(name: str, item: Any) -> AttentionScheme:
             raise CheckpointError(f"{where} must round {key} on a uniform grid; got {item[key]!r:.80}")
     prefix = _prefix_from_json(where, item) if "prefix" in item else None
     return AttentionScheme(rotation, prefix=prefix, **specs)
+
+
+def compensation_from_json(name: str, item: Any) -> CompensationShape:
+    """Return the map beside a block as `CompensationShape.to_json` wrote it.
+
+    Raises:
+        CheckpointError: a missing or unknown key, a wrong type or an impossible value; names the block.
+    """
+    where = f"the map of quantization_config beside {name}"
+    known = {field.name: field.type for field in fields(CompensationShape)}
+    if not isinstance(item, dict) or set(item) != set(known):
+        raise CheckpointError(f"{where} must say {', '.join(known)}; got {item!r:.80}")
+    structure = _get(item, "structure", str)
+    numbers = {key: _get(item, key, int) for key in ("inputs", "outputs", "rank", "groups", "stride")}
+    flags = {key: _get(item, key, bool) for key in ("channels_first", "clamped")}
+    inputs, outputs, rank, groups, stride = numbers.values()
+    possible = min(inputs, outputs) >= 1 and max(inputs, outputs) <= LARGEST_COMPENSATED and 1 <= stride <= inputs + 8
+    ranked = 1 <= rank <= min(inputs, outputs) if structure == "low_rank" else rank == 0
+    grouped = groups >= 1 and inputs % groups == outputs % groups == 0 if structure == "block_diagonal" else groups == 1
+    same = inputs == outputs or flags["channels_first"]
+    if structure not in STRUCTURES or not (possible and ranked and grouped and same):
+        raise CheckpointError(f"{where} is impossible; got {item!r:.200}")
+    return CompensationShape(structure, **numbers, **flags)
+
+
+def _compensations_of(config: Mapping[str, Any], version: int) -> dict[str, CompensationShape]:
+    found = _get(config, "compensations", dict) if version >= VERSION_WITH_COMPENSATIONS else {}
+    return {name: compensation_from_json(name, one) for name, one in found.items()}
 
 
 def _prefix_from_json(where: str, item: Mapping[str, Any]) -> PrefixShape:
@@ -550,7 +599,9 @@ def spec_from_json(scheme: Mapping[str, Any]) -> QuantSpec:
 
 def _seal(config: Mapping[str, Any]) -> str:
     sealed = [config["schemes"], config["modules"], config["tied"]]
-    sealed += [config[key] for key in ("inputs", "outputs", "attentions", "rotations") if key in config]
+    sealed += [
+        config[key] for key in ("inputs", "outputs", "attentions", "rotations", "compensations") if key in config
+    ]
     return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,6 +9,9 @@ the whole matrix:
 | `NAME.weight_scale`      | scale_dtype| (rows, g)                | exactly the scales that the codes were chosen for |
 | `NAME.weight_zero_point` | int32      | (ceil(rows*b/32), g)     | asymmetric only; packed along the rows        |
 
+The map beside a block NAME (`compensation.py`) lies in `NAME.compensation.weight` (out, in), or `down` (rank, in) and `up`
+(out, rank), or `scale` (out), in a floating type of 16 or 32 bits, and `NAME.compensation.bias` (out), float32.
+
 Everything else of the model lies beside them under its usual name. The manifest (`formats/manifest.py`) says which
 modules are quantised and how; no other file is needed to rebuild the model.
 """
@@ -18,6 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bitmend.compensation import BIAS_DTYPE, CHILD, Compensation, CompensationShape
 from bitmend.errors import CheckpointError
 from bitmend.formats.manifest import ManifestEntry, quantization_config, spec_from_json, spec_to_json
 from bitmend.numerics.qtensor import QTensor
@@ -25,7 +29,9 @@ from bitmend.runtime.packed import SCALE, WORDS, ZERO_WORDS, PackedWeight, pack,
 
 __all__ = [
     "ManifestEntry",
+    "compensation_tensors",
     "quantization_config",
+    "read_compensation",
     "read_packed",
     "read_site",
     "site_shapes",
@@ -33,6 +39,8 @@ __all__ = [
     "spec_from_json",
     "spec_to_json",
 ]
+
+COMPENSATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def site_tensors(name: str, qtensor: QTensor) -> dict[str, Tensor]:
@@ -80,3 +88,30 @@ def read_packed(tensors: Mapping[str, Tensor], name: str, entry: ManifestEntry) 
 def read_site(tensors: Mapping[str, Tensor], name: str, entry: ManifestEntry) -> QTensor:
     """Return the quantised weight of module `name`, equal to what `site_tensors` was given; see `read_packed`."""
     return read_packed(tensors, name, entry).unpack()
+
+
+def compensation_tensors(block: str, compensation: Compensation) -> dict[str, Tensor]:
+    """Return the tensors of the map beside a block, under their names in the file."""
+    return {f"{block}.{CHILD}.{name}": compensation.get_buffer(name) for name in compensation.shape.shapes}
+
+
+def read_compensation(tensors: Mapping[str, Tensor], block: str, shape: CompensationShape) -> Compensation:
+    """Return the map beside a block.
+
+    Raises:
+        CheckpointError: a tensor that is missing or has another type or shape than the manifest says.
+    """
+    found = {}
+    for name, wanted in shape.shapes.items():
+        key = f"{block}.{CHILD}.{name}"
+        if key not in tensors:
+            raise CheckpointError(f"the checkpoint lacks {key}, which its manifest announces")
+        tensor = tensors[key]
+        right = tensor.dtype == BIAS_DTYPE if name == "bias" else tensor.dtype in COMPENSATION_DTYPES
+        if not right or tuple(tensor.shape) != wanted:
+            raise CheckpointError(
+                f"{key} must be a floating tensor of shape {wanted} by the manifest; got {tensor.dtype} of "
+                f"{tuple(tensor.shape)}"
+            )
+        found[name] = tensor
+    return Compensation(shape, found)

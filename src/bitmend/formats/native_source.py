@@ -94,6 +94,11 @@ def open_native(folder: Path, target: str) -> NativeSource:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise RequestError(f"{folder} is not in bitmend's own format; only such a checkpoint can be exported")
     manifest = Manifest.from_json(quantization)
+    if manifest.compensations:
+        raise RequestError(
+            f"{folder} has maps beside its blocks (at {next(iter(manifest.compensations))}, for one), which an export to "
+            f"{target} does not hold; keep bitmend's format"
+        )
     changed = {**manifest.inputs, **manifest.outputs, **manifest.attentions}
     if changed:
         where = next(iter(changed))

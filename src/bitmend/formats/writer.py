@@ -10,7 +10,7 @@ same output is refused.
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +151,7 @@ class CheckpointWriter:
         base: Mapping[str, Any] | None = None,
         config_changes: Mapping[str, Any] | None = None,
         check: Callable[[Path], object] | None = None,
+        without: Container[str] = (),
     ) -> Path:
         """Assemble the folder and rename it to OUTPUT.
 
@@ -161,6 +162,7 @@ class CheckpointWriter:
             base: config.json of the model, where it is only a part of the source; None for the source's own.
             config_changes: other keys of config.json to set.
             check: called with the complete folder just before the rename; what it raises ends the write.
+            without: names of tensors that are left out after all.
 
         Returns:
             The output folder.
@@ -173,7 +175,7 @@ class CheckpointWriter:
         with self._telling_what_failed():
             shutil.rmtree(self._model, ignore_errors=True)  # half of it, by a run that was killed in here
             self._model.mkdir()
-            digests = self._write_shards()
+            digests = self._write_shards(without)
             config = self._final_config(quantization_config, digests, base, config_changes or {})
             self._copy_companions()
             for name, content in documents.items():
@@ -220,8 +222,9 @@ class CheckpointWriter:
         return lock
 
     # ------------------------------------------------------------------------------------------ shards
-    def _write_shards(self) -> dict[str, str]:
-        shards = list(_split(self._pieces(), self._max_shard_bytes))
+    def _write_shards(self, without: Container[str] = ()) -> dict[str, str]:
+        pieces = (piece for piece in self._pieces() if piece.name not in without)
+        shards = list(_split(pieces, self._max_shard_bytes))
         digests: dict[str, str] = {}
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):

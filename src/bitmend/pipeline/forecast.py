@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from bitmend.calibrate.forward_cost import ForwardCost
 from bitmend.calibrate.kept_results import PlannedRun
+from bitmend.compensation import CompensationShape
 from bitmend.linalg.moments import CHUNK_TOKENS, QUADRATIC_PANEL
 from bitmend.linalg.solver_cost import SolverCost
 from bitmend.numerics.observers import CHUNK_ENTRIES
@@ -37,6 +38,8 @@ FACTOR_SQUARES = 1
 PROOF_MATRICES, PROOF_IN_DOUBLE = 6, 6
 # float32 copies in a sweep: the stacked target, its columns, their errors, their levels.
 SWEEP_MATRICES = 4
+# `least_squares._solve` and `RegressionMoments.error`: squares and matrices of float64 beside the moments.
+MAP_SQUARES, MAP_MATRICES = 4, 5
 OPENING = "opening"
 # While rotations are learned: tensors of a row as wide as what groups of layers read, as what layers give, and as its logits.
 # Set so that they covered peaks seen on two llamas; no benchmark of this repository measures them yet.
@@ -99,6 +102,8 @@ class BlockShape:
         forward: what one pass takes; None without calibration rows.
         runs: in the quantised network, before each group and the last one; empty where nothing is kept from run to run.
         wide_runs: the same where results of wide layers are kept, too.
+        beside: the largest map that may come to stand beside it; None: none.
+        beside_rows: rows of its regression for one place.
     """
 
     count: int
@@ -108,6 +113,8 @@ class BlockShape:
     forward: ForwardCost | None = None
     runs: tuple[PlannedRun, ...] = ()
     wide_runs: tuple[PlannedRun, ...] = ()
+    beside: CompensationShape | None = None
+    beside_rows: float = 1.0
 
     @property
     def sites(self) -> tuple[SiteShape, ...]:
@@ -117,7 +124,8 @@ class BlockShape:
     @property
     def written_bytes(self) -> int:
         """Bytes of the finished block in the file."""
-        return sum(site.packed_bytes for site in self.sites) + self.weight_bytes - self.site_bytes
+        beside = 0 if self.beside is None else self.beside.num_bytes()
+        return sum(site.packed_bytes for site in self.sites) + self.weight_bytes - self.site_bytes + beside
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,23 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Compensation:
+    """What puts maps beside blocks (`pipeline/compensating.py`).
+
+    Attributes:
+        targets: what is measured as lacking, each with sums of its own.
+        local: the full-precision block runs on the quantised network's states, too, and what it gives is kept.
+        folds: of the fit rows.
+        solved: maps that are solved for on each fold.
+    """
+
+    targets: int
+    local: bool
+    folds: int
+    solved: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """All that the forecast depends on.
 
@@ -173,6 +198,7 @@ class Facts:
         rows_before: how many rows pass each block before it is solved, for transforms, ranges and the choice of a prefix.
         widened: products of the layers are taken in float32 (`numerics/products.py`).
         learning: what transforms learn before the first block; None: nothing.
+        compensation: what puts maps beside blocks; None: nothing.
         held_bytes: what the process held above its baseline when the forecast was made, tensors outside the blocks apart.
         opening_bytes: the most that it had held above its baseline until then: a tokenizer at work on the calibration texts
             may take more than all that follows. 0 where it is not known.
@@ -196,6 +222,7 @@ class Facts:
     rows_before: int = 0
     widened: bool = False
     learning: Learning | None = None
+    compensation: Compensation | None = None
     held_bytes: int = 0
     opening_bytes: int = 0
 
@@ -221,7 +248,7 @@ class Facts:
 
     def runs_in_full_precision(self, batch: BatchShape) -> bool:
         """Whether a batch travels through the full-precision network."""
-        return self.keep_inputs or batch.held_out or not self.has_held_out
+        return self.keep_inputs or self.compensation is not None or batch.held_out or not self.has_held_out
 
     def runs_of(self, block: BlockShape) -> tuple[PlannedRun, ...]:
         """Return a block's runs in the quantised network."""
@@ -309,6 +336,8 @@ def _stages(facts: Facts) -> Iterator[Stage]:
             for position in range(len(block.groups)):
                 yield from _group(facts, block, position)
             yield _quantised_pass(facts, block, written)
+            if facts.compensation is not None and block.beside is not None:
+                yield _compensating(facts, block, facts.compensation, block.beside)
         elif block.groups:  # a norm alone may be a block of a model of pictures
             yield from _group(facts, block, len(block.groups) - 1)
         yield _writing_block(facts, block, written)
@@ -510,6 +539,26 @@ def _quantised_pass(facts: Facts, block: BlockShape, written: float) -> Stage:
     stage.disk["finished blocks"] = written - block.written_bytes
     stage.disk["solved sites"] = float(sum(site.packed_bytes for site in block.sites))
     return _placed(facts, stage, _stores(facts, block, inputs=True, before=-1))
+
+
+def _compensating(facts: Facts, block: BlockShape, about: Compensation, shape: CompensationShape) -> Stage:
+    """`Compensating.finish_`: the sums of all parts, those of a fold's rest, its moments, and one map that is solved for."""
+    d, m = shape.inputs, shape.outputs
+    sums = d * (d + about.targets * m)
+    rows = max(batch.tokens for batch in facts.batches) * block.beside_rows
+    on_device = {
+        "block weights": float(block.weight_bytes),
+        "codes of solved sites": float(sum(site.entries for site in block.sites)),
+        "sums of a regression": float(DOUBLE * (about.folds + 1) * sums),
+        "a fold left out": float(DOUBLE * 3 * sums),
+        "a map": float(DOUBLE * (MAP_SQUARES * d * d + MAP_MATRICES * d * m)),
+        "rows of a batch": float(SINGLE * rows * (2 * d + (2 + 2 * about.targets) * m)),
+    }
+    stage = _stage(facts, "compensating", on_device, {})
+    stores = _stores(facts, block, inputs=False)
+    held_out = sum(batch.tokens for batch in facts.batches if batch.held_out) / max(1, facts.tokens)
+    stores["what blocks read and lack"] = (1 + about.local + held_out) * facts.stream_bytes
+    return _placed(facts, stage, stores)
 
 
 def _writing_block(facts: Facts, block: BlockShape, written: float) -> Stage:

@@ -44,6 +44,7 @@ def seconds_of(facts: Facts, rates: Rates, *, finished_blocks: int = 0, before: 
         "forward": whole + share * (passes - whole),
         "moments": share * moments,
         "solve": share * solve,
+        "compensate": sum(block.count * _compensate(facts, block, rates) for block in facts.blocks),
         "write": _write(facts, rates),
     }
     return found | {"total": sum(found.values())}
@@ -136,6 +137,21 @@ def _solve(facts: Facts, block: BlockShape, rates: Rates) -> float:
             total += sum(_site(cost, site, rates) for cost in costs for site in sites)
             total += sum(_proof(facts, site, rates) for site in sites)
     return total
+
+
+def _compensate(facts: Facts, block: BlockShape, rates: Rates) -> float:
+    """Seconds of passes of other rows or another network, of the sums, and of the maps solved for on each fold and on all."""
+    about, shape, forward = facts.compensation, block.beside, block.forward
+    if about is None or shape is None or forward is None:
+        return 0.0
+    held_out = sum(batch.tokens for batch in facts.batches if batch.held_out)
+    length = max(batch.length for batch in facts.batches)
+    tokens = about.local * facts.tokens + held_out
+    passes = _layers(forward, block, tokens) + _attention(forward, block, tokens, length)
+    d, m = shape.inputs, shape.outputs
+    sums = 2 * facts.tokens * block.beside_rows * d * (d + about.targets * m) / rates.product
+    solved = (about.folds * about.solved + 2) * 2 * d * d * (d / 3 + 3 * m) / rates.double_product
+    return passes + sums + solved
 
 
 def _shared(cost: SolverCost, width: int, rates: Rates) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from bitmend.calibrate.forward_cost import TIMED_TOKENS, measure_forward
 from bitmend.calibrate.kept_results import planned_runs
+from bitmend.compensation import CompensationShape
 from bitmend.errors import RequestError
 from bitmend.formats.writer import companions
 from bitmend.linalg.solver_cost import ONE_SWEEP, SolverCost
@@ -22,8 +23,18 @@ from bitmend.numerics.qtensor import QuantSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.pipeline import machine
 from bitmend.pipeline.block_rounding import SEARCH_ROWS, USUAL_RATIOS
+from bitmend.pipeline.compensating import LOCAL, place_of
 from bitmend.pipeline.ends import end_shapes
-from bitmend.pipeline.forecast import BatchShape, BlockShape, Facts, Forecast, Learning, SiteShape, forecast
+from bitmend.pipeline.forecast import (
+    BatchShape,
+    BlockShape,
+    Compensation,
+    Facts,
+    Forecast,
+    Learning,
+    SiteShape,
+    forecast,
+)
 from bitmend.pipeline.forecast_time import seconds_of
 from bitmend.pipeline.per_site import BOTH_STREAMS, FULL_PRECISION_STREAM
 from bitmend.pipeline.prefix import ROWS_LOOKED_AT
@@ -31,11 +42,13 @@ from bitmend.pipeline.rates import Rates, measure_rates
 from bitmend.pipeline.recipe import SEARCH, Recipe
 from bitmend.pipeline.transform_guard import GUARD_ROWS
 from bitmend.protocols import Batch, LearningTransform, ModelAdapter
+from bitmend.sites import Block
 
 # The timed pass: no more multiply-adds than this, so that it ends within a second.
 TIMED_MACS = 4e9
 LEAST_TIMED = 64  # tokens: fewer tell how long the weights take to read, and not what a token takes
 MOST_TIMED_ROWS = 8  # pictures
+TRIED_TOKENS = 4  # to see which shape a block gives
 TOKENS_PER_BATCH = 2048
 # Of pictures: as many as make hidden states of this size, but no more than this number.
 ENTRIES_PER_BATCH, MOST_ROWS_PER_BATCH = 2**22, 64
@@ -195,6 +208,7 @@ def gather_facts(
         on_device=device.type != "cpu",
         widened=device.type == "cpu" and adapter.dtype == torch.bfloat16 and bfloat16_is_slower(),
         learning=_learning(adapter, recipe, batches),
+        compensation=_compensation(recipe) if batches else None,
         held_bytes=held,
         opening_bytes=opening,
     )
@@ -208,6 +222,24 @@ def _learning(adapter: ModelAdapter, recipe: Recipe, batches: Sequence[BatchShap
         raise RequestError("a transform that learns on the whole network needs a language model; leave it out")
     vocabulary = adapter.model.get_submodule(adapter.embedding_name).get_parameter("weight").shape[0]
     return Learning(rows, max(batch.length for batch in batches), vocabulary)
+
+
+def _compensation(recipe: Recipe) -> Compensation | None:
+    part = recipe.build_compensator()
+    return None if part is None else Compensation(len(part.targets), LOCAL in part.targets, part.folds, part.num_solved)
+
+
+def _beside(adapter: ModelAdapter, recipe: Recipe, block: Block) -> tuple[CompensationShape | None, float]:
+    """Return the largest map that may come to stand beside a block, and rows of its regression for one place."""
+    compensator = recipe.build_compensator()
+    if compensator is None:
+        return None, 1.0
+    hidden, inputs = adapter.sample_inputs(block.index, 1, adapter.row_length or TRIED_TOKENS)
+    made = adapter.run_block(block.index, hidden, inputs)
+    place = place_of(block, hidden.shape[1:], made.shape[1:], adapter.reads)
+    if place is None:
+        return None, 1.0
+    return compensator.largest(place), made.numel() / place.outputs / (adapter.row_length or TRIED_TOKENS)
 
 
 def _rows_before(recipe: Recipe, batches: Sequence[BatchShape], groups: int) -> int:
@@ -275,6 +307,7 @@ def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], 
         tensors = adapter.block_tensors(index)
         quantised = {f"{site.name}.weight" for site in block.sites if recipe.scheme(site.name, adapter.dtype)}
         macs = sum(site.products for group in groups for site in group)
+        beside, rows = _beside(adapter, recipe, block) if with_rows else (None, 1.0)
         return BlockShape(
             count=len(indices),
             groups=groups,
@@ -283,6 +316,8 @@ def _block_shape(adapter: ModelAdapter, recipe: Recipe, indices: Sequence[int], 
             forward=measure_forward(adapter, index, _timed_places(adapter, macs)) if with_rows else None,
             runs=planned_runs(block) if with_rows and block.groups else (),
             wide_runs=planned_runs(block, wide=True) if with_rows and block.groups else (),
+            beside=beside,
+            beside_rows=rows,
         )
     finally:
         adapter.release_block(index)

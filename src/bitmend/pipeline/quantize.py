@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
+from bitmend.compensation import Compensation
 from bitmend.errors import NumericsError, ResumeError
 from bitmend.numerics.qtensor import QTensor, QuantSpec
+from bitmend.online import InputScheme
 from bitmend.pipeline.block_rounding import BlockRounding
+from bitmend.pipeline.compensating import Compensating
 from bitmend.pipeline.learning import learn
 from bitmend.pipeline.machine import return_free_memory
 from bitmend.pipeline.per_site import FULL_PRECISION_STREAM, PerSite
@@ -105,7 +108,7 @@ def quantise_blocks(
                 batches,
                 directory=directory,
                 device=device,
-                full_precision_of_all=loop.keep_inputs,
+                full_precision_of_all=loop.keep_inputs or loop.compensating is not None,
                 keep_wide=keep_wide,
             )
     try:
@@ -145,6 +148,8 @@ class _Loop:
         self.solver = PerSite(solver, recipe.solver["name"], wanted.refit, wanted.two_streams)
         self.keep_inputs = wanted.two_streams or bool(solver.needs & FULL_PRECISION_STREAM)
         self.measures = wanted.two_streams or bool(solver.needs)
+        compensator = recipe.build_compensator()
+        self.compensating = None if compensator is None else Compensating(adapter, compensator)
 
     def begin_(self, batches: Sequence[tuple[Batch, bool]], progress: Progress, directory: Path | None) -> None:
         """Choose the tokens that stand in front of every text, then transform what lies around the blocks."""
@@ -199,31 +204,58 @@ class _Loop:
         self.report.blocks.append(report)
         with self.timed("forward"):
             run = None if streams is None else self._both_streams(streams, block)
+            if streams is not None and self.compensating is not None:
+                self.compensating.before_(block, streams, self.rounding.unrounded(block))
         return_free_memory()
+        compensation = None
         with self.rounding.attached(block):
             sites = self._solve(block, run, report, events)
             return_free_memory()
             if streams is not None and run is not None:
-                with self.timed("forward"):
-                    report.relative_error = run.finish_()
+                compensation = self._finish_(block, run, streams, report, events)
         if report.relative_error is not None and not math.isfinite(report.relative_error):
             raise NumericsError(f"the output of {block.name} must be finite, but holds NaN or Inf; nothing was saved")
         report.seconds = time.perf_counter() - started
         kinds = {site.name: site.kind for site in block.sites if site.name in sites}
-        self.report.events += events
         inputs, attentions = (
             self.rounding.input_schemes(block, transformed.inputs),
             self.rounding.attention_schemes(block),
         )
-        if index == len(self.adapter.block_names) - 1 and self.adapter.reads == "pictures":
-            with self.timed("ranges"):
-                of_heads, told = self.rounding.head_schemes(streams)
-            inputs |= of_heads
-            events += told
-            self.report.events += told
+        if index == len(self.adapter.block_names) - 1:
+            inputs |= self._behind_last_block(streams, report, events)
+        self.report.events += events
         rest = self._rest(index, sites)
         self._leave()
-        return QuantisedBlock(block.name, sites, kinds, rest, report, tuple(events), inputs, attentions)
+        return QuantisedBlock(block.name, sites, kinds, rest, report, tuple(events), inputs, attentions, compensation)
+
+    def _finish_(
+        self, block: Block, run: BlockRun, streams: DualStream, report: BlockReport, events: list[Event]
+    ) -> Compensation | None:
+        """Take the quantised stream through the block, and on with a map beside it where there is a compensator."""
+        if self.compensating is None:
+            with self.timed("forward"):
+                report.relative_error = run.finish_()
+            return None
+        with self.timed("compensate"):
+            compensation, told = self.compensating.finish_(block, run, streams, report)
+        events += told
+        return compensation
+
+    def _behind_last_block(
+        self, streams: DualStream | None, report: BlockReport, events: list[Event]
+    ) -> dict[str, InputScheme]:
+        """Judge all compensations by what the model gives, and return how the inputs of heads are rounded."""
+        if self.compensating is not None and streams is not None:
+            with self.timed("compensate"):
+                judged, told = self.compensating.judge(streams)
+            report.compensation |= {"model": judged} if judged else {}
+            events += told
+        if self.adapter.reads != "pictures":
+            return {}
+        with self.timed("ranges"):
+            found, told = self.rounding.head_schemes(streams)
+        events += told
+        return found
 
     def _both_streams(self, streams: DualStream, block: Block) -> BlockRun:
         rare = self.recipe.calibration.rare()
@@ -255,7 +287,10 @@ class _Loop:
                 if site.name in finished.sites:
                     site.store_(block.module, finished.sites[site.name].dequantize(self.adapter.dtype))
             with self.rounding.attached(block):
-                error = run.finish_()
+                if self.compensating is None:
+                    error = run.finish_()
+                else:
+                    error = self.compensating.replay_(block, run, streams, finished.compensation)
         self._leave()
         if error != finished.report.relative_error:
             raise ResumeError(

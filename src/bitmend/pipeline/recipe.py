@@ -26,7 +26,7 @@ from bitmend.numerics.qtensor import ObserverName, QuantSpec
 from bitmend.numerics.twin_uniform import TwinSoftmaxSpec
 from bitmend.numerics.uniform import UniformGrid
 from bitmend.online import AttentionScheme
-from bitmend.protocols import SOLVERS, TRANSFORMS
+from bitmend.protocols import COMPENSATORS, SOLVERS, TRANSFORMS
 from bitmend.registry import Registry
 from bitmend.routing import RareChoice, RareExperts
 from bitmend.sites import AttentionSite
@@ -293,6 +293,8 @@ class Recipe(_Section):
     prefix: PrefixSection | None = None  # None: nothing stands in front
     solver: dict[str, Any] = {"name": "gptq"}
     transforms: list[dict[str, Any]] = []
+    # One at most. None stands for none, so that recipes from before this key keep their fingerprint.
+    compensators: list[dict[str, Any]] | None = None
     overrides: list[OverrideSection] = []
     calibration: CalibrationSection = CalibrationSection()
     embedding: EndSection | None = None  # None: left as it is
@@ -302,6 +304,7 @@ class Recipe(_Section):
     def _parts_exist(self) -> "Recipe":
         self.build_solver()
         self.build_transforms()
+        self.build_compensator()
         for section in (self.activations, self.kv_cache):
             if section is not None:
                 section.spec()
@@ -335,12 +338,26 @@ class Recipe(_Section):
             for keys in self.transforms
         ]
 
+    def build_compensator(self) -> Any:
+        """Return what puts maps beside blocks; None: nothing does.
+
+        Raises:
+            RecipeError: there are two.
+        """
+        parts = self.compensators or []
+        if len(parts) > 1:
+            raise RecipeError(
+                f"one compensator at most is possible, because it is fitted to what is left; got {len(parts)}"
+            )
+        return build_part(COMPENSATORS, parts[0]) if parts else None
+
     @property
     def needs_rows(self) -> bool:
         """Whether something in it is fitted to calibration rows, or found on them."""
         finds_prefix = self.prefix is not None and self.prefix.tokens is None
         reading = any(part.needs_rows for part in self.build_transforms())
-        return bool(self.build_solver().needs) or reading or self.leaves_open or finds_prefix
+        fitted = bool(self.build_solver().needs) or bool(self.compensators)
+        return fitted or reading or self.leaves_open or finds_prefix
 
     @property
     def leaves_open(self) -> bool:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmend.compensation import Compensation
 from bitmend.errors import CheckpointError, RequestError, ResumeError
 from bitmend.formats.folder_lock import FolderLock
 from bitmend.formats.integrity import check_folder
@@ -35,12 +36,13 @@ from bitmend.formats.manifest import (
     ManifestEntry,
     attention_from_json,
     attention_to_json,
+    compensation_from_json,
     input_from_json,
     input_to_json,
     spec_from_json,
     spec_to_json,
 )
-from bitmend.formats.native import read_site, site_tensors
+from bitmend.formats.native import compensation_tensors, read_compensation, read_site, site_tensors
 from bitmend.formats.record import TEMPORARY, read_record, write_json, write_record
 from bitmend.formats.safetensors_file import parse_json
 from bitmend.formats.writer import PARTS, CheckpointWriter, output_error, partial_folder, replaced_folder
@@ -69,6 +71,7 @@ class QuantisedBlock:
         events: what the user must be told of it and its sites.
         inputs: what is done to the inputs of its layers while the model runs, by full module name.
         attentions: how its attention rounds its operands while the model runs, by full module name.
+        compensation: the map beside it; None: none.
     """
 
     name: str
@@ -79,6 +82,11 @@ class QuantisedBlock:
     events: tuple[Event, ...] = ()
     inputs: dict[str, InputScheme] = field(default_factory=dict)
     attentions: dict[str, AttentionScheme] = field(default_factory=dict)
+    compensation: Compensation | None = None
+
+    def beside(self) -> dict[str, Compensation]:
+        """Return the map beside the block by the block's name; empty where there is none."""
+        return {} if self.compensation is None else {self.name: self.compensation}
 
     def entries(self) -> dict[str, ManifestEntry]:
         """Return the line of the manifest for each quantised matrix."""
@@ -192,6 +200,8 @@ class Journal:
             OutputError: the disk is full or fails.
         """
         tensors = dict(block.rest)
+        if block.compensation is not None:
+            tensors |= compensation_tensors(block.name, block.compensation)
         for name, qtensor in block.sites.items():
             tensors |= site_tensors(name, qtensor)
         described = {
@@ -201,6 +211,8 @@ class Journal:
         values = {"sites": described, "report": asdict(block.report), "events": _events_to_json(block.events)}
         values["inputs"] = {name: input_to_json(scheme) for name, scheme in block.inputs.items()}
         values["attentions"] = {name: attention_to_json(scheme) for name, scheme in block.attentions.items()}
+        if block.compensation is not None:
+            values["compensation"] = block.compensation.shape.to_json()
         self._writer.add(block.name, tensors, {**values, "seconds": self._seconds()})
         self.num_finished += 1
         self._num_sites = 0
@@ -469,7 +481,9 @@ def _part_of(
     inputs = {name: input_from_json(name, about) for name, about in values["inputs"].items()}
     attentions = {name: attention_from_json(name, about) for name, about in values.get("attentions", {}).items()}
     report = _block_report(values["report"])
-    block = QuantisedBlock(values["part"], sites, kinds, {}, report, events, inputs, attentions)
+    name, about = values["part"], values.get("compensation")
+    compensation = None if about is None else read_compensation(tensors, name, compensation_from_json(name, about))
+    block = QuantisedBlock(name, sites, kinds, {}, report, events, inputs, attentions, compensation)
     return block, float(values["seconds"])
 
 

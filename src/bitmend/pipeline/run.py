@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bitmend.compensation import Compensation
 from bitmend.errors import (
     GuardError,
     OutputError,
@@ -23,6 +24,7 @@ from bitmend.errors import (
 )
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
+from bitmend.formats.native import compensation_tensors
 from bitmend.formats.writer import PARTS, CheckpointWriter, check_output, partial_folder
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import CAUSAL_LM, resolve_model
@@ -150,7 +152,7 @@ def quantize(
             activations = writer.partial / ACTIVATIONS if ahead.facts.on_disk else None
             parts, forced = plan.build_transforms(), plan.forced_transforms()
             transforms = Transforms(adapter, parts, adapter.few_rows(), forced)
-            entries, inputs, attentions = _write_blocks(
+            entries, inputs, attentions, compensations = _write_blocks(
                 request, batches, report, progress, journal, activations, transforms, ahead.facts.keep_wide
             )
             ends = quantise_ends(adapter, plan)
@@ -169,10 +171,15 @@ def quantize(
                 inputs=inputs,
                 outputs=transforms.outputs,
                 attentions=attentions,
+                compensations={} if _all_dropped(report) else {name: one.shape for name, one in compensations.items()},
             )
+            dropped = compensations if _all_dropped(report) else {}
+            without = {key for name, one in dropped.items() for key in compensation_tensors(name, one)}
             documents = {"recipe.toml": plan.to_toml(), "README.md": _how_to_load(adapter)}
             base = None if tower is None else adapter.config.to_dict()
-            writer.finish(config, documents, base=base, check=lambda folder: write_report(folder, report))
+            writer.finish(
+                config, documents, base=base, check=lambda folder: write_report(folder, report), without=without
+            )
     return report
 
 
@@ -240,19 +247,22 @@ def _write_blocks(
     activations: Path | None,
     transforms: Transforms,
     keep_wide: bool,
-) -> tuple[dict[str, ManifestEntry], dict[str, InputScheme], dict[str, AttentionScheme]]:
+) -> tuple[dict[str, ManifestEntry], dict[str, InputScheme], dict[str, AttentionScheme], dict[str, Compensation]]:
     """Quantise the blocks that are not finished, write each at once, and return the manifest's lines for all blocks.
 
-    That is for each module how it is quantised, what is done to its input, and how it attends, while the model runs.
+    That is for each module how it is quantised, what is done to its input, and how it attends, while the model runs; and for
+    blocks the maps beside them.
     """
     entries: dict[str, ManifestEntry] = {}
     inputs: dict[str, InputScheme] = {}
     attentions: dict[str, AttentionScheme] = {}
+    compensations: dict[str, Compensation] = {}
     for index in range(journal.num_finished):
         block = journal.read_block(index, request.device)
         entries |= block.entries()
         inputs |= block.inputs
         attentions |= block.attentions
+        compensations |= block.beside()
         report.blocks.append(block.report)
         report.events += block.events
     blocks = quantise_blocks(
@@ -273,7 +283,14 @@ def _write_blocks(
             entries |= block.entries()
             inputs |= block.inputs
             attentions |= block.attentions
-    return entries, inputs, attentions
+            compensations |= block.beside()
+    return entries, inputs, attentions, compensations
+
+
+def _all_dropped(report: RunReport) -> bool:
+    """Return whether the model as a whole is no better for the maps beside its blocks."""
+    judged = report.blocks[-1].compensation.get("model", {}) if report.blocks else {}
+    return judged.get("kept", 1.0) == 0
 
 
 def _open_journal(

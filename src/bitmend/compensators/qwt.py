@@ -1,0 +1,321 @@
+"""QwT: beside each block, one linear map of what the block reads, which predicts what quantisation has lost in its output.
+
+Source: QwT (Quantization without Tears, CVPR 2025, arXiv:2411.13918). For the tokens of some calibration rows, with x what
+the quantised block reads and e what its output lacks,
+
+    W, b = argmin mean ||e - x W - b||^2.
+
+`target` says what is lacking: `local`, the full-precision block on the same x (the paper); `trajectory`, the full-precision
+network at the same place, so that what earlier blocks have left behind is repaired, too; `mix`, the share between both that
+comes nearest to the latter on rows it was not fitted to.
+
+How we differ:
+- float64 on standardised inputs with a ridge, chosen by cross-validation over rows, where the paper inverts the normal
+  matrix in float32. With an intercept and exact arithmetic the in-sample R^2 is never negative, so that the paper's gate
+  (drop a map whose R^2 is not positive) tells where that inverse has failed, and nothing of other data.
+- A map is kept where it lowers the error on held-out rows. `gate = "in_sample"` and `solve = "float32_inverse"` are the
+  paper's.
+- Cheaper structures: a constant, a scale and shift for each channel of the output (QwT-v2, arXiv:2505.20932), the best W of
+  a rank (reduced-rank regression), blocks on the diagonal. `auto` takes the one with the smallest cross-validated error.
+- b is fitted again after W has been rounded to the type that it is stored in.
+
+Example: rows x = -1, 0, 1 with e = -1.5, 0.5, 2.5: W = 2, b = 0.5, and nothing is left. The best constant, 0.5, leaves 8/3.
+
+Cost: of N tokens of width d, N d (d + t m) multiply-adds for the sums (t targets, outputs of width m), and for each fold and
+ridge d^3 / 3 + 3 d^2 m; while a model runs, d m for each token, or less by the structure.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from bitmend.compensation import BIAS_DTYPE, CompensationShape, Structure
+from bitmend.linalg.least_squares import (
+    LinearMap,
+    RegressionMoments,
+    RegressionSums,
+    add_up,
+    best_constant,
+    best_scale,
+    reduce_rank,
+    ridge_map,
+    with_mean,
+)
+from bitmend.protocols import COMPENSATORS, Compensated, CompensationProblem, Event
+
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+UNTRIED_RIDGE = 1e-2  # where there are too few rows to try
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the trajectory in a mix
+RANK_SHARE = 16  # the width over the usual rank
+AUTO: tuple[Structure, ...] = ("bias", "affine", "low_rank", "full")  # the cheaper ones first
+TARGETS = ("local", "trajectory")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One way to fit: what cross-validation decides between."""
+
+    shape: CompensationShape
+    ridge: float = 0.0
+    share: float = 0.0
+
+
+@COMPENSATORS.register("qwt", paper="QwT, arXiv:2411.13918")
+@dataclass(frozen=True)
+class QwT:
+    """A linear map from the input of a block to what its output lacks.
+
+    Attributes:
+        structure: of the map; `auto` tries all but `block_diagonal`.
+        target: what the map is to predict; see the module.
+        rank: of `low_rank`; 0: the width of the output over 16.
+        groups: blocks of `block_diagonal`; 0: one for each 64 inputs, as the paper has it on maps of pictures.
+        gate: what a map must do to be kept: lower the error on held-out rows, or have a positive R^2 where it was fitted.
+        solve: how: by ridge regression in float64, or by the paper's inverse in float32, which has no other structure than
+            `full` and `block_diagonal`.
+        token_cap: a token counts less from this many times the usual ||x||^2 on, so that a few massive ones do not decide.
+        dtype: of all stored numbers but b.
+    """
+
+    structure: Literal["bias", "affine", "low_rank", "block_diagonal", "full", "auto"] = "full"
+    target: Literal["local", "trajectory", "mix"] = "local"
+    rank: Annotated[int, Field(ge=0)] = 0
+    groups: Annotated[int, Field(ge=0)] = 0
+    gate: Literal["held_out", "in_sample"] = "held_out"
+    solve: Literal["ridge", "float32_inverse"] = "ridge"
+    token_cap: Annotated[float, Field(gt=0)] = 16.0
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    folds: ClassVar[int] = 4
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Which of `TARGETS` must be measured."""
+        return TARGETS if self.target == "mix" else (self.target,)
+
+    @property
+    def judges_model(self) -> bool:
+        """Whether what the whole model gives is a second gate; the paper has none."""
+        return self.gate == "held_out"
+
+    def fit(self, problem: CompensationProblem) -> Compensated:
+        """Return the map, or that there is none which helps.
+
+        Raises:
+            ValueError: no row came.
+        """
+        folds = [one for one in problem.folds if one.num_rows]
+        if not folds:
+            raise ValueError("qwt needs rows to fit to")
+        choice, crossed = self._choose(problem.shape, folds)
+        fitted = add_up(folds)
+        moments = fitted.moments()
+        shape, tensors, map = self._make(choice, moments)
+        held_out = problem.held_out.moments() if problem.held_out is not None else None
+        target = len(self.targets) - 1
+        found: dict[str, Any] = {
+            "structure": shape.structure,
+            "rank": shape.rank,
+            "target": self.target,
+            "trajectory_share": choice.share if self.target == "mix" else float(self.target == "trajectory"),
+            "ridge": choice.ridge,
+            "in_sample_r2": _removed(moments.error(map, target), moments.variance(target)),
+            "removed_in_folds": crossed,
+            "removed_held_out": None
+            if held_out is None
+            else _removed(held_out.error(map, target), held_out.energy(target)),
+            "held_out_r2": None
+            if held_out is None
+            else _removed(held_out.error(map, target), held_out.variance(target)),
+            "bytes": shape.num_bytes(DTYPES[self.dtype].itemsize),
+        }
+        keep, why = self._verdict(found)
+        if not keep:
+            return Compensated(None, {}, found | {"bytes": 0}, (Event("dropped", problem.where, why),))
+        if held_out is not None and self.gate == "held_out":
+            assert problem.held_out is not None
+            shape, tensors, _ = self._make(choice, add_up([fitted, problem.held_out]).moments())
+        return Compensated(shape, tensors, found, tuple(self._overflow(tensors, problem.where)))
+
+    def _verdict(self, found: Mapping[str, Any]) -> tuple[bool, str]:
+        if self.gate == "in_sample":
+            value = found["in_sample_r2"]  # 0 of every constant
+            return value > 0 or found["structure"] == "bias", f"its R^2 on the rows it was fitted to is {value:.3g}; left out"
+        removed = found["removed_held_out"]
+        if removed is None:
+            removed = found["removed_in_folds"]
+        if removed is None:
+            return True, ""
+        return (
+            removed > 0,
+            f"the map would raise the error of the block on held-out rows by {-100 * removed:.2g} %; left out",
+        )
+
+    def _overflow(self, tensors: Mapping[str, Tensor], where: str) -> Iterator[Event]:
+        if any(one.dtype == torch.bfloat16 for one in tensors.values()) and self.dtype == "float16":
+            yield Event("fallback", where, "the map has numbers that float16 cannot hold; stored in bfloat16")
+
+    # ------------------------------------------------------------------------------------------ choosing
+    def _choices(self, shape: CompensationShape) -> list[_Choice]:
+        structures = AUTO if self.structure == "auto" else (self.structure,)
+        shares = SHARES if self.target == "mix" else (0.0,)
+        plain = self.solve == "float32_inverse" or structures == ("bias",)
+        # Those that start from the same map stand side by side, so that only one such map is held.
+        return [
+            _Choice(self._shaped(shape, structure), ridge, share)
+            for ridge in ((0.0,) if plain else RIDGES)
+            for share in shares
+            for structure in structures
+            if structure != "bias" or ridge in (0.0, RIDGES[0])
+        ]
+
+    def largest(self, shape: CompensationShape) -> CompensationShape:
+        """Return the largest map that may come out at such a place."""
+        return self._shaped(shape, "full" if self.structure == "auto" else self.structure)
+
+    @property
+    def num_solved(self) -> int:
+        """How many maps are solved for on each fold."""
+        structureless = self.structure in ("bias", "affine")
+        return (
+            0 if structureless else len({(c.ridge, c.share) for c in self._choices(CompensationShape("bias", 64, 64))})
+        )
+
+    def _shaped(self, shape: CompensationShape, structure: Structure) -> CompensationShape:
+        rank = self.rank or max(1, shape.outputs // RANK_SHARE)
+        groups = self.groups or max(1, shape.inputs // 64)
+        if structure == "low_rank":
+            return replace(shape, structure=structure, rank=min(rank, shape.inputs, shape.outputs))
+        if structure == "block_diagonal":
+            return replace(shape, structure=structure, groups=groups)
+        return replace(shape, structure=structure)
+
+    def _choose(self, shape: CompensationShape, folds: list[RegressionSums]) -> tuple[_Choice, float | None]:
+        """Return what has the smallest error on rows it was not fitted to, and which share of the error that takes away."""
+        choices = self._choices(shape)
+        if len(folds) < 2:
+            choice = next((one for one in choices if one.ridge >= UNTRIED_RIDGE), choices[0])
+            return choice, None
+        target = len(self.targets) - 1
+        errors, energy = [0.0] * len(choices), 0.0
+        for fold in folds:
+            judged = fold.moments()
+            fitted = add_up([one for one in folds if one is not fold]).moments()
+            known: dict[Any, LinearMap] = {}
+            for number, choice in enumerate(choices):
+                error = judged.error(self._map(choice, fitted, known), target)
+                errors[number] += error * judged.weight
+            energy += judged.energy(target) * judged.weight
+        best = min(range(len(choices)), key=lambda number: errors[number])
+        return choices[best], _removed(errors[best], energy)
+
+    def _map(self, choice: _Choice, moments: RegressionMoments, known: dict[Any, LinearMap] | None = None) -> LinearMap:
+        """Return the map of one choice; the map of full rank that neighbours start from is solved for once."""
+        mixed = self._mixed(choice, moments)
+        shape = choice.shape
+        if shape.structure == "bias":
+            return best_constant(mixed)
+        if shape.structure == "affine":
+            return best_scale(mixed, choice.ridge)
+        if self.solve == "float32_inverse":
+            return _float32_inverse(mixed, shape.groups)
+        key = (choice.ridge, choice.share, shape.groups)
+        known = {} if known is None else known
+        if key not in known:
+            known.clear()
+            known[key] = ridge_map(mixed, choice.ridge, shape.groups)
+        full = known[key]
+        if shape.structure != "low_rank":
+            return full
+        down, up = reduce_rank(full, mixed, shape.rank)
+        return with_mean(replace(full, W=down @ up), mixed)
+
+    def _mixed(self, choice: _Choice, moments: RegressionMoments) -> RegressionMoments:
+        shares = [1 - choice.share, choice.share] if self.target == "mix" else [1.0]
+        return moments.mixed(torch.tensor(shares, dtype=torch.float64))
+
+    # ------------------------------------------------------------------------------------------ storing
+    def _make(
+        self, choice: _Choice, moments: RegressionMoments
+    ) -> tuple[CompensationShape, dict[str, Tensor], LinearMap]:
+        """Return shape, stored tensors, and the map that these are."""
+        mixed, shape = self._mixed(choice, moments), choice.shape
+        map = self._map(choice, moments)
+        dtype = DTYPES[self.dtype]
+        if map.a is not None:
+            scale = _stored(map.a, dtype)
+            map = LinearMap(mixed.mean_e[0] - scale.double() * mixed.mean_y, a=scale.double())
+            tensors = {"scale": scale}
+        elif shape.structure == "bias":
+            tensors = {}
+        elif shape.structure == "low_rank":
+            down, up = reduce_rank(ridge_map(mixed, choice.ridge), mixed, shape.rank)
+            tensors = {"down": _stored(down.T, dtype), "up": _stored(up.T, dtype)}
+            map = with_mean(replace(map, W=tensors["down"].double().T @ tensors["up"].double().T), mixed)
+        else:
+            assert map.W is not None
+            tensors = {"weight": _stored(_without_zeros(map.W, shape.groups), dtype)}
+            map = with_mean(replace(map, W=_with_zeros(tensors["weight"].double(), map.W, shape.groups)), mixed)
+        tensors["bias"] = map.b.to(BIAS_DTYPE)
+        return shape, tensors, map
+
+
+def _removed(error: float, of: float) -> float:
+    """Return which share of an error is gone; below 0 where it has grown."""
+    return 1 - error / of if of > 0 else 0.0
+
+
+def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in the type they are stored in; in bfloat16 where that type would make infinities of them."""
+    stored = values.contiguous().to(dtype)
+    return stored if bool(stored.isfinite().all()) else values.contiguous().to(torch.bfloat16)
+
+
+def _without_zeros(W: Float[Tensor, "d m"], groups: int) -> Float[Tensor, "m part"]:
+    """Return the blocks on the diagonal, transposed, one below the other."""
+    d, m = W.shape
+    parts = [
+        W[group * d // groups : (group + 1) * d // groups, group * m // groups : (group + 1) * m // groups].T
+        for group in range(groups)
+    ]
+    return torch.cat(parts)
+
+
+def _with_zeros(weight: Float[Tensor, "m part"], like: Float[Tensor, "d m"], groups: int) -> Float[Tensor, "d m"]:
+    """Return what `_without_zeros` was given."""
+    W = torch.zeros_like(like)
+    d, m = W.shape
+    for group, block in enumerate(torch.split(weight, m // groups)):
+        W[group * d // groups : (group + 1) * d // groups, group * m // groups : (group + 1) * m // groups] = block.T
+    return W
+
+
+def _float32_inverse(moments: RegressionMoments, groups: int) -> LinearMap:
+    """Return the paper's solution: the inverse in float32 of the second moments of (x, 1), times those with e.
+
+    Where torch finds the matrix singular there is no map: W is zero, as for a block that the paper leaves out.
+    """
+    P = moments.P[0]
+    d, m = P.shape
+    W, b = torch.zeros_like(P), moments.mean_e[0].clone()
+    for group in range(groups):
+        rows = slice(group * d // groups, (group + 1) * d // groups)
+        columns = slice(group * m // groups, (group + 1) * m // groups)
+        mean_x, mean_e = moments.mean_x[rows], moments.mean_e[0, columns]
+        width = len(mean_x)
+        normal = torch.ones(width + 1, width + 1, dtype=torch.float64, device=P.device)
+        normal[:width, :width] = moments.C[rows, rows] + torch.outer(mean_x, mean_x)
+        normal[width, :width] = normal[:width, width] = mean_x
+        right = torch.cat([P[rows, columns] + torch.outer(mean_x, mean_e), mean_e[None]])
+        inverse, failed = torch.linalg.inv_ex((moments.weight * normal).float())
+        if int(failed) or not bool(inverse.isfinite().all()):
+            continue
+        solution = (inverse @ (moments.weight * right).float()).double()
+        W[rows, columns], b[columns] = solution[:width], solution[width]
+    return LinearMap(b, W=W)

@@ -1,0 +1,164 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bitmend.compensation import Compensation, CompensationShape
+from bitmend.compensators.qwt import QwT
+from bitmend.linalg.least_squares import RegressionSums
+from bitmend.protocols import CompensationProblem
+
+D = 16
+
+
+def drawn(n, seed, noise=0.1, d=D, quiet=()):
+    """Rows with e = x W + 0.2 y + b + noise, W of rank 2."""
+    draw = torch.Generator().manual_seed(7)
+    W = torch.randn(d, 2, generator=draw) @ torch.randn(2, d, generator=draw) / d
+    b = torch.randn(d, generator=draw)
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=draw) * torch.logspace(-1, 1, d) + 1
+    x[:, list(quiet)] = 0
+    y = torch.randn(n, d, generator=draw)
+    e = x @ W + 0.2 * y + b + noise * torch.randn(n, d, generator=draw)
+    return x, y, e
+
+
+def problem_of(n=800, held_out=200, noise=0.1, d=D, targets=1, quiet=()):
+    shift = torch.ones(d)
+    parts = []
+    for fold, size in enumerate([n // 4] * 4 + [held_out]):
+        sums = RegressionSums(d, d, targets, shift)
+        if size:
+            x, y, e = drawn(size, fold, noise, d, quiet)
+            sums.add_(x, y, [e / (1 + target) for target in reversed(range(targets))])
+        parts.append(sums)
+    *folds, last = parts
+    return CompensationProblem("block", CompensationShape("bias", d, d), folds, last if held_out else None)
+
+
+def left_of(found, n=500, noise=0.1, d=D):
+    """Return the error that is left on new rows, and that without a map."""
+    x, y, e = drawn(n, 99, noise, d)
+    map = Compensation(found.shape, found.tensors)
+    missing = e - (map(x, y) - y)
+    return float(missing.square().sum(1).mean()), float(e.square().sum(1).mean())
+
+
+def test_three_rows_by_hand():
+    # x = -1, 0, 1 and e = 2 x + 0.5, the example of the module; the same rows in each fold.
+    folds = []
+    for _ in range(5):
+        sums = RegressionSums(1, 1, 1, torch.zeros(1))
+        x = torch.tensor([[-1.0], [0.0], [1.0]])
+        sums.add_(x, x, [2 * x + 0.5])
+        folds.append(sums)
+    problem = CompensationProblem("block", CompensationShape("bias", 1, 1), folds[:4], folds[4])
+    full = QwT().fit(problem)
+    assert float(full.tensors["weight"][0, 0]) == pytest.approx(2.0, rel=1e-5)
+    assert float(full.tensors["bias"][0]) == pytest.approx(0.5, rel=1e-5)
+    assert full.diagnostics["in_sample_r2"] == pytest.approx(1.0, abs=1e-6)
+    constant = QwT(structure="bias").fit(problem)
+    assert float(constant.tensors["bias"][0]) == pytest.approx(0.5)
+    # What the constant leaves is mean (2 x)^2 = 8/3 of mean e^2 = 8/3 + 1/4.
+    assert constant.diagnostics["removed_held_out"] == pytest.approx(0.25 / (8 / 3 + 0.25))
+
+
+@pytest.mark.parametrize("structure", ["bias", "affine", "low_rank", "block_diagonal", "full", "auto"])
+def test_what_is_stored_does_what_was_promised(structure):
+    found = QwT(structure=structure, rank=2, groups=2).fit(problem_of())
+    assert found.shape is not None
+    assert found.shape.shapes == {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
+    error, energy = left_of(found)
+    assert 1 - error / energy == pytest.approx(found.diagnostics["removed_held_out"], abs=0.05)
+    assert error < energy
+    assert found.diagnostics["bytes"] == sum(tensor.nbytes for tensor in found.tensors.values())
+
+
+def test_the_order_of_the_structures():
+    errors = {
+        name: left_of(QwT(structure=name, rank=2).fit(problem_of()))[0]
+        for name in ("bias", "affine", "low_rank", "full")
+    }
+    assert errors["full"] < errors["affine"] < errors["bias"]
+    # W has rank 2, so that nothing is lost by it.
+    assert errors["low_rank"] == pytest.approx(errors["full"], rel=0.02)
+    assert errors["full"] == pytest.approx(D * (0.1**2 + 0.2**2), rel=0.15)  # the noise, and y, which x does not tell
+
+
+def test_auto_takes_what_is_best_on_other_rows():
+    found = QwT(structure="auto", rank=2).fit(problem_of())
+    assert found.shape.structure in ("low_rank", "full")
+    # Fewer rows than inputs and no signal but the mean: a matrix can only do harm.
+    few = QwT(structure="auto").fit(problem_of(n=40, noise=30.0))
+    assert few.shape is None or few.shape.structure in ("bias", "affine")
+
+
+def test_a_map_that_does_harm_on_held_out_rows_is_dropped():
+    problem = problem_of(n=40, held_out=400, noise=30.0)
+    found = QwT(solve="float32_inverse").fit(problem)
+    assert found.shape is None
+    assert not found.tensors
+    assert [event.kind for event in found.events] == ["dropped"]
+    assert found.diagnostics["removed_held_out"] < 0
+    assert found.diagnostics["bytes"] == 0
+    kept = QwT(solve="float32_inverse", gate="in_sample").fit(problem)
+    assert kept.shape is not None  # the paper keeps it: it fits its own rows
+    assert kept.diagnostics["in_sample_r2"] > 0.3
+
+
+def test_the_ridge_makes_harmless_what_the_inverse_spoils():
+    problem = problem_of(n=40, held_out=400, noise=3.0)
+    ridge, inverse = QwT().fit(problem), QwT(solve="float32_inverse").fit(problem)
+    assert ridge.diagnostics["removed_held_out"] > inverse.diagnostics["removed_held_out"]
+    assert ridge.diagnostics["ridge"] >= 1e-2
+
+
+def test_the_papers_inverse_equals_ours_where_the_moments_are_good():
+    ours = QwT(dtype="float32").fit(problem_of())
+    papers = QwT(solve="float32_inverse", dtype="float32").fit(problem_of())
+    assert torch.allclose(ours.tensors["weight"], papers.tensors["weight"], atol=0.02)
+
+
+def test_dead_inputs_end_the_papers_inverse_only():
+    problem = problem_of(quiet=(3, 5))
+    ours = QwT().fit(problem)
+    assert ours.shape is not None
+    assert torch.equal(ours.tensors["weight"][:, [3, 5]], torch.zeros(D, 2, dtype=torch.bfloat16))
+    papers = QwT(solve="float32_inverse", gate="in_sample").fit(problem)
+    assert papers.shape is None or papers.diagnostics["in_sample_r2"] < ours.diagnostics["in_sample_r2"] + 1e-3
+
+
+def test_mix_takes_the_share_that_the_last_target_asks_for():
+    # The first target is half of the second, so that only all of the second will do.
+    found = QwT(target="mix").fit(problem_of(targets=2))
+    assert found.diagnostics["trajectory_share"] == 1.0
+    assert QwT(target="mix").targets == ("local", "trajectory")
+    assert QwT().targets == ("local",)
+
+
+def test_all_rows_are_used_in_the_end():
+    problem = problem_of(n=80, held_out=400)
+    refitted, without = QwT().fit(problem), QwT().fit(replace(problem, held_out=None))
+    assert not torch.equal(refitted.tensors["weight"], without.tensors["weight"])
+    assert left_of(refitted)[0] < left_of(without)[0]
+    assert without.diagnostics["removed_held_out"] is None
+
+
+def test_numbers_beyond_float16_are_stored_in_bfloat16():
+    problem = problem_of()
+    sums = []
+    for fold in range(5):
+        x, y, e = drawn(200, fold)
+        one = RegressionSums(D, D, 1, torch.ones(D))
+        one.add_(x, y, [e * 1e6])
+        sums.append(one)
+    huge = QwT(dtype="float16").fit(replace(problem, folds=sums[:4], held_out=sums[4]))
+    assert huge.tensors["weight"].dtype == torch.bfloat16
+    assert [event.kind for event in huge.events] == ["fallback"]
+    assert QwT(dtype="float16").fit(problem).tensors["weight"].dtype == torch.float16
+
+
+def test_no_rows_at_all():
+    with pytest.raises(ValueError, match="rows"):
+        QwT().fit(problem_of(n=0, held_out=0))
