@@ -358,12 +358,14 @@ class CompensationProblem:
         shape: features in and out, and how they lie; its structure is for the compensator to choose.
         folds: sums of the fit rows, each row in one of them.
         held_out: of the held-out rows; None without a split.
+        num_weights: quantised weights of the block, against which bytes are weighed; 0 where it is not known.
     """
 
     where: str
     shape: CompensationShape
     folds: Sequence[RegressionSums]
     held_out: RegressionSums | None = None
+    num_weights: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from bitmend.linalg.least_squares import (
     add_up,
     best_constant,
     best_scale,
+    explaining_directions,
     reduce_rank,
     ridge_map,
     with_mean,
@@ -47,7 +48,7 @@ def test_errors_from_sums_equal_those_of_the_rows(kind):
         "ridge": ridge_map(moments, 1e-3),
         "blocks": ridge_map(moments, 1e-3, groups=2),
     }
-    down, up = reduce_rank(maps["ridge"], moments, 2)
+    down, up = reduce_rank(maps["ridge"], explaining_directions(maps["ridge"], moments), 2)
     maps["rank"] = with_mean(LinearMap(maps["ridge"].b, W=down @ up), moments)
     other = rows(seed=1)
     judged = sums_of(other[0], other[1], other[2]).moments()
@@ -92,7 +93,7 @@ def test_no_product_of_that_rank_leaves_less():
     x, y, (e,) = rows()
     moments = sums_of(x, y, [e]).moments()
     full = ridge_map(moments, 1e-9)
-    down, up = reduce_rank(full, moments, 2)
+    down, up = reduce_rank(full, explaining_directions(full, moments), 2)
     best = moments.error(with_mean(LinearMap(full.b, W=down @ up), moments), 0)
     draw = torch.Generator().manual_seed(3)
     for _ in range(50):

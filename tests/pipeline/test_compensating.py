@@ -19,12 +19,12 @@ from bitmend.pipeline.compensating import Compensating, place_of
 from bitmend.pipeline.recipe import load_recipe, parse_recipe
 from bitmend.sites import Block, LinearSite, SiteGroup
 
-KEPT = {"gate": "in_sample"}  # so that random models keep their maps
+KEPT = {"gate": "in_sample", "structure": "full"}  # so that random models keep their maps
 MANY = {"weights.bits": 2, "calibration.sequences": 80}  # so that there is something to learn
 
 
 def qwt(**keys):
-    return {"weights.bits": 3, "compensators": [{"name": "qwt", **KEPT, **keys}]}
+    return {"weights.bits": 3, "compensators": [{"name": "qwt", **(KEPT | keys)}]}
 
 
 def held_out_rows(folder, text, count=8):
@@ -224,7 +224,7 @@ class Blocky(nn.Module):
 def block_of(*kinds, module=None, index=1):
     sites = tuple(LinearSite(f"b.{n}", str(n), kind, (4, 4)) for n, kind in enumerate(kinds))
     groups = tuple(SiteGroup(site.path, (site,), None) for site in sites)
-    return Block("b", index, module or Blocky(), groups)
+    return Block("b", index, Blocky() if module is None else module, groups)
 
 
 @pytest.mark.parametrize(

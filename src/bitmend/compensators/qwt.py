@@ -5,18 +5,20 @@ the quantised block reads and e what its output lacks,
 
     W, b = argmin mean ||e - x W - b||^2.
 
-`target` says what is lacking: `local`, the full-precision block on the same x (the paper); `trajectory`, the full-precision
-network at the same place, so that what earlier blocks have left behind is repaired, too; `mix`, the share between both that
-comes nearest to the latter on rows it was not fitted to.
+`target` says what is lacking: `trajectory`, the full-precision network at the same place, so that what earlier blocks left
+behind is repaired, too; `local`, the full-precision block on the same x (the paper); `mix`, the share between both that
+comes nearest to the former on rows it was not fitted to.
 
 How we differ:
+- The trajectory, because it is the whole network's output that counts (docs/decisions/0025).
 - float64 on standardised inputs with a ridge, chosen by cross-validation over rows, where the paper inverts the normal
   matrix in float32. With an intercept and exact arithmetic the in-sample R^2 is never negative, so that the paper's gate
   (drop a map whose R^2 is not positive) tells where that inverse has failed, and nothing of other data.
 - A map is kept where it lowers the error on held-out rows. `gate = "in_sample"` and `solve = "float32_inverse"` are the
   paper's.
 - Cheaper structures: a constant, a scale and shift for each channel of the output (QwT-v2, arXiv:2505.20932), the best W of
-  a rank (reduced-rank regression), blocks on the diagonal. `auto` takes the one with the smallest cross-validated error.
+  a rank (reduced-rank regression), blocks on the diagonal. `auto` takes the one with the smallest cross-validated error times
+  4 to its bits for each weight of the block: a map has to do better than its bytes would as wider codes, at 6 dB a bit.
 - b is fitted again after W has been rounded to the type that it is stored in.
 
 Example: rows x = -1, 0, 1 with e = -1.5, 0.5, 2.5: W = 2, b = 0.5, and nothing is left. The best constant, 0.5, leaves 8/3.
@@ -25,6 +27,7 @@ Cost: of N tokens of width d, N d (d + t m) multiply-adds for the sums (t target
 ridge d^3 / 3 + 3 d^2 m; while a model runs, d m for each token, or less by the structure.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -42,6 +45,7 @@ from bitmend.linalg.least_squares import (
     add_up,
     best_constant,
     best_scale,
+    explaining_directions,
     reduce_rank,
     ridge_map,
     with_mean,
@@ -52,7 +56,8 @@ RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNTRIED_RIDGE = 1e-2  # where there are too few rows to try
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the trajectory in a mix
 RANK_SHARE = 16  # the width over the usual rank
-AUTO: tuple[Structure, ...] = ("bias", "affine", "low_rank", "full")  # the cheaper ones first
+AUTO_SHARES = (32, 16, 8, 4)  # the width over the ranks that `auto` tries
+BIT = math.log(4)  # what one more bit a weight takes off the logarithm of an error, at 6 dB a bit
 TARGETS = ("local", "trajectory")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -72,7 +77,7 @@ class QwT:
     """A linear map from the input of a block to what its output lacks.
 
     Attributes:
-        structure: of the map; `auto` tries all but `block_diagonal`.
+        structure: of the map; `auto` tries all but `block_diagonal`, and several ranks.
         target: what the map is to predict; see the module.
         rank: of `low_rank`; 0: the width of the output over 16.
         groups: blocks of `block_diagonal`; 0: one for each 64 inputs, as the paper has it on maps of pictures.
@@ -83,8 +88,8 @@ class QwT:
         dtype: of all stored numbers but b.
     """
 
-    structure: Literal["bias", "affine", "low_rank", "block_diagonal", "full", "auto"] = "full"
-    target: Literal["local", "trajectory", "mix"] = "local"
+    structure: Literal["bias", "affine", "low_rank", "block_diagonal", "full", "auto"] = "auto"
+    target: Literal["local", "trajectory", "mix"] = "trajectory"
     rank: Annotated[int, Field(ge=0)] = 0
     groups: Annotated[int, Field(ge=0)] = 0
     gate: Literal["held_out", "in_sample"] = "held_out"
@@ -113,7 +118,7 @@ class QwT:
         folds = [one for one in problem.folds if one.num_rows]
         if not folds:
             raise ValueError("qwt needs rows to fit to")
-        choice, crossed = self._choose(problem.shape, folds)
+        choice, crossed = self._choose(problem.shape, folds, problem.num_weights)
         fitted = add_up(folds)
         moments = fitted.moments()
         shape, tensors, map = self._make(choice, moments)
@@ -146,7 +151,9 @@ class QwT:
     def _verdict(self, found: Mapping[str, Any]) -> tuple[bool, str]:
         if self.gate == "in_sample":
             value = found["in_sample_r2"]  # 0 of every constant
-            return value > 0 or found["structure"] == "bias", f"its R^2 on the rows it was fitted to is {value:.3g}; left out"
+            return value > 0 or found[
+                "structure"
+            ] == "bias", f"its R^2 on the rows it was fitted to is {value:.3g}; left out"
         removed = found["removed_held_out"]
         if removed is None:
             removed = found["removed_in_folds"]
@@ -163,17 +170,23 @@ class QwT:
 
     # ------------------------------------------------------------------------------------------ choosing
     def _choices(self, shape: CompensationShape) -> list[_Choice]:
-        structures = AUTO if self.structure == "auto" else (self.structure,)
         shares = SHARES if self.target == "mix" else (0.0,)
-        plain = self.solve == "float32_inverse" or structures == ("bias",)
+        plain = self.solve == "float32_inverse" or self.structure == "bias"
         # Those that start from the same map stand side by side, so that only one such map is held.
         return [
-            _Choice(self._shaped(shape, structure), ridge, share)
+            _Choice(made, ridge, share)
             for ridge in ((0.0,) if plain else RIDGES)
             for share in shares
-            for structure in structures
-            if structure != "bias" or ridge in (0.0, RIDGES[0])
+            for made in self._shapes(shape)
+            if made.structure != "bias" or ridge in (0.0, RIDGES[0])
         ]
+
+    def _shapes(self, shape: CompensationShape) -> list[CompensationShape]:
+        if self.structure != "auto":
+            return [self._shaped(shape, self.structure)]
+        ranks = {max(1, shape.outputs // share) for share in AUTO_SHARES}
+        low = [replace(shape, structure="low_rank", rank=rank) for rank in sorted(ranks) if rank <= shape.inputs]
+        return [self._shaped(shape, "bias"), self._shaped(shape, "affine"), *low, self._shaped(shape, "full")]
 
     def largest(self, shape: CompensationShape) -> CompensationShape:
         """Return the largest map that may come out at such a place."""
@@ -196,7 +209,9 @@ class QwT:
             return replace(shape, structure=structure, groups=groups)
         return replace(shape, structure=structure)
 
-    def _choose(self, shape: CompensationShape, folds: list[RegressionSums]) -> tuple[_Choice, float | None]:
+    def _choose(
+        self, shape: CompensationShape, folds: list[RegressionSums], num_weights: int
+    ) -> tuple[_Choice, float | None]:
         """Return what has the smallest error on rows it was not fitted to, and which share of the error that takes away."""
         choices = self._choices(shape)
         if len(folds) < 2:
@@ -206,57 +221,36 @@ class QwT:
         errors, energy = [0.0] * len(choices), 0.0
         for fold in folds:
             judged = fold.moments()
-            fitted = add_up([one for one in folds if one is not fold]).moments()
-            known: dict[Any, LinearMap] = {}
+            maps = _Maps(self, add_up([one for one in folds if one is not fold]).moments())
             for number, choice in enumerate(choices):
-                error = judged.error(self._map(choice, fitted, known), target)
-                errors[number] += error * judged.weight
+                errors[number] += judged.error(maps.of(choice)[0], target) * judged.weight
             energy += judged.energy(target) * judged.weight
-        best = min(range(len(choices)), key=lambda number: errors[number])
+        best = min(range(len(choices)), key=lambda number: self._price(choices[number], errors[number], num_weights))
         return choices[best], _removed(errors[best], energy)
 
-    def _map(self, choice: _Choice, moments: RegressionMoments, known: dict[Any, LinearMap] | None = None) -> LinearMap:
-        """Return the map of one choice; the map of full rank that neighbours start from is solved for once."""
-        mixed = self._mixed(choice, moments)
-        shape = choice.shape
-        if shape.structure == "bias":
-            return best_constant(mixed)
-        if shape.structure == "affine":
-            return best_scale(mixed, choice.ridge)
-        if self.solve == "float32_inverse":
-            return _float32_inverse(mixed, shape.groups)
-        key = (choice.ridge, choice.share, shape.groups)
-        known = {} if known is None else known
-        if key not in known:
-            known.clear()
-            known[key] = ridge_map(mixed, choice.ridge, shape.groups)
-        full = known[key]
-        if shape.structure != "low_rank":
-            return full
-        down, up = reduce_rank(full, mixed, shape.rank)
-        return with_mean(replace(full, W=down @ up), mixed)
-
-    def _mixed(self, choice: _Choice, moments: RegressionMoments) -> RegressionMoments:
-        shares = [1 - choice.share, choice.share] if self.target == "mix" else [1.0]
-        return moments.mixed(torch.tensor(shares, dtype=torch.float64))
+    def _price(self, choice: _Choice, error: float, num_weights: int) -> float:
+        """Return the logarithm of an error, raised by what the bytes would have done as wider codes."""
+        if self.structure != "auto":
+            return error
+        bits = 8 * choice.shape.num_bytes(DTYPES[self.dtype].itemsize) / max(1, num_weights)
+        return math.log(max(error, 1e-300)) + BIT * bits
 
     # ------------------------------------------------------------------------------------------ storing
     def _make(
         self, choice: _Choice, moments: RegressionMoments
     ) -> tuple[CompensationShape, dict[str, Tensor], LinearMap]:
         """Return shape, stored tensors, and the map that these are."""
-        mixed, shape = self._mixed(choice, moments), choice.shape
-        map = self._map(choice, moments)
-        dtype = DTYPES[self.dtype]
+        maps, shape, dtype = _Maps(self, moments), choice.shape, DTYPES[self.dtype]
+        map, factors = maps.of(choice)
+        mixed = maps.mixed
         if map.a is not None:
             scale = _stored(map.a, dtype)
             map = LinearMap(mixed.mean_e[0] - scale.double() * mixed.mean_y, a=scale.double())
             tensors = {"scale": scale}
         elif shape.structure == "bias":
             tensors = {}
-        elif shape.structure == "low_rank":
-            down, up = reduce_rank(ridge_map(mixed, choice.ridge), mixed, shape.rank)
-            tensors = {"down": _stored(down.T, dtype), "up": _stored(up.T, dtype)}
+        elif factors is not None:
+            tensors = {"down": _stored(factors[0].T, dtype), "up": _stored(factors[1].T, dtype)}
             map = with_mean(replace(map, W=tensors["down"].double().T @ tensors["up"].double().T), mixed)
         else:
             assert map.W is not None
@@ -264,6 +258,46 @@ class QwT:
             map = with_mean(replace(map, W=_with_zeros(tensors["weight"].double(), map.W, shape.groups)), mixed)
         tensors["bias"] = map.b.to(BIAS_DTYPE)
         return shape, tensors, map
+
+
+class _Maps:
+    """The maps of several choices for the same rows; what neighbours have in common is computed once.
+
+    Attributes:
+        mixed: the moments with the one target of the last choice.
+    """
+
+    mixed: RegressionMoments
+
+    def __init__(self, method: QwT, moments: RegressionMoments) -> None:
+        self._method, self._moments = method, moments
+        self._share: float | None = None
+        self._ridge: float | None = None
+        self._full: LinearMap | None = None
+        self._vectors: Tensor | None = None
+
+    def of(self, choice: _Choice) -> tuple[LinearMap, tuple[Tensor, Tensor] | None]:
+        """Return a map, and its two factors where it has a low rank."""
+        shape = choice.shape
+        if choice.share != self._share:
+            shares = [1 - choice.share, choice.share] if self._method.target == "mix" else [1.0]
+            self.mixed = self._moments.mixed(torch.tensor(shares, dtype=torch.float64))
+            self._share, self._ridge = choice.share, None
+        if shape.structure == "bias":
+            return best_constant(self.mixed), None
+        if shape.structure == "affine":
+            return best_scale(self.mixed, choice.ridge), None
+        if self._method.solve == "float32_inverse":
+            return _float32_inverse(self.mixed, shape.groups), None
+        if choice.ridge != self._ridge or self._full is None:
+            self._full, self._vectors = ridge_map(self.mixed, choice.ridge, shape.groups), None
+            self._ridge = choice.ridge
+        if shape.structure != "low_rank":
+            return self._full, None
+        if self._vectors is None:
+            self._vectors = explaining_directions(self._full, self.mixed)
+        down, up = reduce_rank(self._full, self._vectors, shape.rank)
+        return with_mean(replace(self._full, W=down @ up), self.mixed), (down, up)
 
 
 def _removed(error: float, of: float) -> float:

@@ -266,18 +266,25 @@ def with_mean(map: LinearMap, moments: RegressionMoments) -> LinearMap:
     return LinearMap(moments.mean_e[0] - moments.mean_x @ map.W, W=map.W)
 
 
-def reduce_rank(map: LinearMap, moments: RegressionMoments, rank: int) -> tuple[Tensor, Tensor]:
-    """Return (d, rank) and (rank, m) whose product is the best W of this rank, given the ridge solution of full rank.
+def explaining_directions(map: LinearMap, moments: RegressionMoments) -> Float[Tensor, "m m"]:
+    """Return the eigenvectors of P^T W as columns, directions of the output: first those that a ridge solution explains best.
 
-    W V V^T with V the first eigenvectors of P^T W: those directions of the output in which the fit explains most. The
-    truncated singular values of W itself leave out what inputs of large variance need.
-
-    Cost: m^3 for the eigenvectors.
+    Cost: d m^2 multiply-adds, and about 9 m^3 operations for the eigenvectors.
     """
     assert map.W is not None
     explained = moments.P[0].T @ map.W
-    vectors = torch.linalg.eigh((explained + explained.T) / 2).eigenvectors.flip(1)[:, :rank]
-    return map.W @ vectors, vectors.T.contiguous()
+    return torch.linalg.eigh((explained + explained.T) / 2).eigenvectors.flip(1)
+
+
+def reduce_rank(map: LinearMap, directions: Float[Tensor, "m m"], rank: int) -> tuple[Tensor, Tensor]:
+    """Return (d, rank) and (rank, m) whose product is the best W of this rank, given the ridge solution of full rank.
+
+    W V V^T with V the first of `explaining_directions` (reduced-rank regression). The truncated singular values of W itself
+    leave out what inputs of large variance need.
+    """
+    assert map.W is not None
+    first = directions[:, :rank]
+    return map.W @ first, first.T.contiguous()
 
 
 def _solve(C: Float[Tensor, "d d"], P: Float[Tensor, "d m"], ridge: float) -> Float[Tensor, "d m"]:

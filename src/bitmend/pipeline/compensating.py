@@ -23,6 +23,7 @@ from bitmend.compensation import Compensation, CompensationShape
 from bitmend.errors import NumericsError
 from bitmend.linalg.least_squares import RegressionSums
 from bitmend.models.loading import CAUSAL_LM, IMAGE_CLASSIFIER
+from bitmend.numerics.products import FastLinear
 from bitmend.protocols import Batch, BlockReport, CompensationProblem, Compensator, Event, ModelAdapter
 from bitmend.sites import Block
 
@@ -142,7 +143,8 @@ class Compensating:
         for place, position in enumerate(_held_out(streams)):
             batch = streams.batches[position].tokens
             states = (streams.x_fp[position], self._base[place], streams.x_q[position])
-            wanted, base, now = (self._adapter.logits(one.to(streams.device), batch) for one in states)
+            with FastLinear():  # what lies behind the blocks may be as much work as all of them
+                wanted, base, now = (self._adapter.logits(one.to(streams.device), batch) for one in states)
             for name, given in (("without", base), ("with", now)):
                 totals[name] += self._distance(wanted, given, batch)
             flat = _real(wanted, batch)
@@ -259,7 +261,8 @@ class _Measured:
             "bias", place.inputs, place.outputs, 0, 1, place.channels_first, place.stride, self._clamped
         )
         *folds, held_out = sums
-        return CompensationProblem(self._block.name, shape, folds, held_out if held_out.num_rows else None)
+        weights = sum(math.prod(site.shape) for site in self._block.sites)
+        return CompensationProblem(self._block.name, shape, folds, held_out if held_out.num_rows else None, weights)
 
     def _parts(self, position: int, held_out: bool) -> Iterator[tuple[Tensor, Tensor, list[Tensor], int]]:
         """Yield inputs, outputs and what these lack of the rows of a batch, by fold; the last fold is the held-out rows."""
