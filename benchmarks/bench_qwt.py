@@ -1,13 +1,13 @@
 """Maps beside blocks (QwT) over several bases, side by side on the same rows, paired over calibration draws.
 
-    python benchmarks/bench_qwt.py --output out/qwt/vit --models vit-cifar10 --precisions 4/4 3/3 --bases minmax repq gptq --draws 3
-    python benchmarks/bench_qwt.py --output out/qwt/lm --models books-7m --precisions W3 W2 --bases rtn gptq marr --draws 3
+    python benchmarks/bench_qwt.py --output out/qwt/vit --models vit-cifar10 --precisions 4/4 3/3 --bases minmax repq gptq
+    python benchmarks/bench_qwt.py --output out/qwt/lm --models books-7m --precisions W3 W2 --bases rtn gptq marr
 
-A draw is a seed: other calibration rows, another split; all runs of a draw see the same rows. Writes one JSON line a run as it
-goes (and goes on where it stopped), then table.md; with `--draws 0` only the table. Needs BITMEND_ASSETS.
+A draw is a seed: other calibration rows, another split; all runs of a draw see the same rows. Writes one JSON line a run as
+it goes (and goes on where it stopped), then table.md; with `--draws 0` only the table. Needs BITMEND_ASSETS.
 
 `--choose` scores on what models may be tuned on (train-50000, books-validation) in place of test-3000 and books-eval.
-`--more NAME=KEYS` adds a row of any recipe keys, for comparisons at the same bytes: `--more "groups of 64=weights.group_size:64"`.
+`--more NAME=KEYS` adds a row of any recipe keys, for comparisons at the same bytes: `--more "g64=weights.group_size:64"`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from bitmend import assets
 
 LANGUAGE = {"W4": 4, "W3": 3, "W2": 2}
 LANGUAGE_BASES = ("rtn", "gptq", "gptaq", "marr", "descent")
-PAPER = {"structure": "full", "target": "local", "solve": "float32_inverse", "gate": "in_sample"}
+PAPER = {"structure": "full", "target": "local", "solve": "float32_inverse", "gate": "in_sample", "scale_free": False}
 COMPENSATIONS = {
     "base": None,
     "bias": {"structure": "bias"},
@@ -34,10 +34,12 @@ COMPENSATIONS = {
     "full, local": {"structure": "full", "target": "local"},
     "bias, local": {"structure": "bias", "target": "local"},
     "full, mix": {"structure": "full", "target": "mix"},
+    "full, with size": {"structure": "full", "scale_free": False},
+    "bias, with size": {"structure": "bias", "scale_free": False},
     "paper": PAPER,
     "auto": {},
 }
-WINDOWS = 40
+WINDOWS, SEQUENCE_LENGTH = 40, 512
 
 
 def is_language(model):
@@ -49,7 +51,8 @@ def keys_of(options, model, base, precision):
     """Return the solver and the recipe keys of a base."""
     if precision in LANGUAGE:
         keys = {"weights.bits": LANGUAGE[precision], "weights.group_size": options.group_size}
-        return base, keys | {"calibration.sequences": options.sequences}
+        rows = {"calibration.sequences": options.sequences, "calibration.sequence_length": SEQUENCE_LENGTH}
+        return base, keys | rows
     solver, keys, transforms, rounding, observer = vision.methods_of(model)[base]
     weight_bits, activation_bits = vision.PRECISIONS[precision]
     found = {"weights.bits": weight_bits, "weights.observer": observer, "transforms": transforms}
@@ -203,7 +206,7 @@ def main():
     parser.add_argument("--more", nargs="+", default=[])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=128)
-    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=96)
     parser.add_argument("--group-size", type=int, default=-1)
     parser.add_argument("--choose", action="store_true")
     options = parser.parse_args()

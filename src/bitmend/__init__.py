@@ -10,6 +10,7 @@ from bitmend.evaluate.results import EvaluationReport
 from bitmend.formats import hf_quantizer as _registers_the_format  # noqa: F401
 from bitmend.formats.ledger import Ledger, ledger
 from bitmend.formats.load import load
+from bitmend.pipeline.compensate import compensate
 from bitmend.pipeline.recipe import Recipe, load_recipe
 from bitmend.pipeline.towers import quantize
 from bitmend.protocols import RunReport
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "RunReport",
     "compare",
+    "compensate",
     "evaluate",
     "ledger",
     "load",

@@ -137,6 +137,49 @@ app.command()(plan)
 
 
 @app.command()
+def compensate(
+    model: Annotated[str, typer.Argument(help="The quantised model: a folder or a hub name.", show_default=False)],
+    reference: Annotated[
+        str, typer.Option(help="The model that it was made from: a folder or a hub name.", show_default=False)
+    ],
+    calibration: CalibrationOption = None,
+    assignment: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a key of the compensator, for example structure=full.")
+    ] = None,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    seed: SeedOption = None,
+    device: DeviceOption = Device.AUTO,
+    output: Annotated[Path | None, typer.Option(help="The folder to be; ./MODEL-qwt unless given.")] = None,
+    overwrite: OverwriteOption = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the reference.")
+    ] = False,
+    quiet: QuietOption = False,
+    log_json: Annotated[Path | None, typer.Option(help="Write the run report to this file too.")] = None,
+) -> None:
+    """Put small maps beside the blocks of a quantised model, ours or a peer's, where they repair what it has lost."""
+    from bitmend.pipeline.compensate import compensate as put_beside
+    from bitmend.pipeline.run import report_to_json
+
+    check_json_path(log_json, made_by_run=output)
+    report = put_beside(
+        model,
+        reference,
+        calibration or (),
+        output=output,
+        overrides=recipe_keys(assignment, None, None, sequences, sequence_length, seed),
+        overwrite=overwrite,
+        device=device.value,
+        trust_remote_code=trust_remote_code,
+        progress=progress_of(quiet),
+    )
+    if log_json is not None:
+        write_json(log_json, report_to_json(report))
+    _show_run(report)
+
+
+@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub names.", show_default=False)],
     text: TextOption = None,

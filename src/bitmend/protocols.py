@@ -392,10 +392,13 @@ class Compensator(Protocol):
     Attributes:
         folds: into how many parts the fit rows are divided.
         token_cap: a token of ||x||^2 above this many times the median counts less, by as much.
+        scale_free: what only stretches a token counts as no error, because the norms that read it take its size out; of maps
+            of pictures, which no norm reads token by token, everything counts.
     """
 
     folds: ClassVar[int]
     token_cap: float
+    scale_free: bool
 
     @property
     def targets(self) -> tuple[str, ...]:

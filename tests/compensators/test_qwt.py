@@ -173,3 +173,35 @@ def test_numbers_beyond_float16_are_stored_in_bfloat16():
 def test_no_rows_at_all():
     with pytest.raises(ValueError, match="rows"):
         QwT().fit(problem_of(n=0, held_out=0))
+
+
+def test_a_constant_that_changes_from_fold_to_fold_is_drawn_to_zero():
+    """Four folds with the means +2, -2, +2, -2 and noise: what is left of their mean is an accident."""
+    folds = []
+    for fold in range(4):
+        sums = RegressionSums(1, 1, 1, torch.zeros(1))
+        x = torch.zeros(50, 1)
+        sums.add_(x, x, [x + 2 * (-1) ** fold + 0.01])
+        folds.append(sums)
+    method = QwT(structure="bias", gate="in_sample")
+    unsteady = method.fit(CompensationProblem("block", CompensationShape("bias", 1, 1), folds))
+    assert float(unsteady.tensors["bias"][0]) == 0
+    assert unsteady.diagnostics["steady_share_of_constant"] == 0
+    # The means 1.5 and 0.5 twice: variance 0.25 / 3 of their mean over a mean of 1, so that 11/12 of it stay.
+    for fold, sums in enumerate(folds):
+        folds[fold] = RegressionSums(1, 1, 1, torch.zeros(1))
+        folds[fold].add_(torch.zeros(50, 1), torch.zeros(50, 1), [torch.full((50, 1), 0.5 + fold % 2)])
+        del sums
+    steadier = method.fit(CompensationProblem("block", CompensationShape("bias", 1, 1), folds))
+    assert float(steadier.tensors["bias"][0]) == pytest.approx(11 / 12)
+
+
+def test_one_fold_that_loses_is_enough_to_drop_a_map():
+    problem = problem_of()
+    x, y, e = drawn(200, 3)
+    turned = RegressionSums(D, D, 1, torch.ones(D))
+    turned.add_(x, y, [-e])
+    assert QwT(structure="full").fit(problem).shape is not None
+    found = QwT(structure="full").fit(replace(problem, folds=[*problem.folds[:3], turned]))
+    assert found.shape is None
+    assert min(found.diagnostics["removed_in_folds"]) < 0

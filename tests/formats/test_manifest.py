@@ -78,7 +78,7 @@ def test_what_no_file_can_say_is_refused():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 6, "has format_version 6, this release reads up to 5"),
+        (["format_version"], 7, "has format_version 7, this release reads up to 6"),
         (["format_version"], True, "needs 'format_version' to be of type int; got True"),
         (["schemes"], {}, "needs 'schemes' to be of type list"),
         (["schemes", 0], 4, r"each of quantization_config\.schemes must be a table"),

@@ -15,7 +15,7 @@ from bitmend.formats.compressed_tensors import CompressedTensors
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import Manifest
 from bitmend.models.tokenizer import load_tokenizer
-from bitmend.pipeline.compensating import Compensating, place_of
+from bitmend.pipeline.compensating import Compensating, _across, place_of
 from bitmend.pipeline.recipe import load_recipe, parse_recipe
 from bitmend.sites import Block, LinearSite, SiteGroup
 
@@ -252,3 +252,25 @@ def test_no_place_in_front_of_pictures_or_in_a_row_of_modules():
     assert place_of(block_of("linear", index=0), (5, 8), (5, 8), "tokens") is not None
     assert place_of(block_of("linear", module=nn.Sequential()), (5, 8), (5, 8), "tokens") is None
     assert issubclass(Compensation, nn.Module)
+
+
+def test_what_stretches_a_token_is_no_error():
+    given = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    lacking = torch.tensor([[6.0 + 4.0, 8.0 - 3.0], [1.0, 2.0]])  # twice the token, and (4, -3) across it
+    assert torch.allclose(_across(lacking, given), torch.tensor([[4.0, -3.0], [1.0, 2.0]]))
+
+
+def test_all_maps_go_unless_they_help_by_more_than_chance(run_tiny, monkeypatch):
+    """Rows that gain and lose in turn: a mean gain of a tenth of their standard error is none."""
+    seen = {}
+
+    def few(self, wanted, given, mask, real=Compensating._distances):
+        found = real(self, wanted, given, mask)
+        seen["calls"] = seen.get("calls", 0) + 1
+        return found + (torch.arange(len(found)) % 2) * 1000.0 * (seen["calls"] % 2)
+
+    monkeypatch.setattr(Compensating, "_distances", few)
+    report = run_tiny(recipe="rtn", keys={**qwt(target="trajectory", gate="held_out"), **MANY})
+    judged = report.blocks[-1].compensation["model"]
+    assert judged["standard_error"] > 0
+    assert judged["kept"] == (judged["without"] - judged["with"] > judged["standard_error"])

@@ -11,7 +11,6 @@ from torch import nn
 
 import bitmend
 from bitmend.errors import CalibrationError, ModelError, RecipeError, RequestError
-from bitmend.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from bitmend.numerics.activations import ActivationSpec
 from bitmend.numerics.log_sqrt2 import LogSqrt2Spec
 from bitmend.pipeline.image_defaults import with_image_defaults
@@ -35,64 +34,6 @@ ATTENTION = {
     "attention.probability_bits": 4,
     "attention.probability_grid": "log_sqrt2",
 }
-
-
-def save(model, folder, size):
-    model.save_pretrained(folder)
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "do_rescale": True,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.25, 0.25, 0.25],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        image_size=8,
-        patch_size=4,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        id2label=LABELS,
-    )
-    model = transformers.ViTForImageClassification(config)
-    with torch.no_grad():
-        for part in model.modules():
-            if isinstance(part, nn.Linear):
-                part.weight.mul_(8)
-    return save(model, tmp_path_factory.mktemp("models") / "vit", 8)
-
-
-@pytest.fixture(scope="module")
-def resnet(tmp_path_factory):
-    torch.manual_seed(0)
-    config = CifarResNetConfig(blocks_per_stage=1, stage_channels=[4, 8, 8], image_size=8, id2label=LABELS)
-    model = CifarResNetForImageClassification(config)
-    with torch.no_grad():
-        for part in model.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.running_mean.normal_(0, 0.1)
-                part.running_var.uniform_(0.5, 2)
-    return save(model, tmp_path_factory.mktemp("models") / "resnet", 8)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name in LABELS.values():
-        (folder / name).mkdir()
-        for number in range(8):
-            Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{number}.png")
-    return folder
 
 
 @pytest.fixture
@@ -362,34 +303,34 @@ def test_what_is_for_language_models_is_refused_in_one_sentence(vit, pictures, t
         CompressedTensors().export(tmp_path / "out", tmp_path / "exported")
 
 
-def test_a_convolution_that_reads_nothing_is_not_rounded(resnet, run, tmp_path):
+def test_a_convolution_that_reads_nothing_is_not_rounded(resnet, run, tmp_path, save_for_pictures):
     """A dead ReLU: the layer behind it reads zeros, so that there is no range to be found."""
     model = transformers.AutoModelForImageClassification.from_pretrained(resnet)
     with torch.no_grad():
         norm = model.stages[0][0].norm1
         norm.weight.zero_()
         norm.bias.fill_(-1.0)
-    source = save(model, tmp_path / "dead", 8)
+    source = save_for_pictures(model, tmp_path / "dead", 8)
     report = run(source, keys={"weights.bits": 4, **STATIC})
     assert [event.where for event in report.events if event.kind == "no_range"] == ["stages.0.0.conv2"]
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert "stages.0.0.conv2" not in loaded.config.quantization_config.manifest.inputs
 
 
-def test_a_reference_of_other_classes_is_refused(vit, pictures, tmp_path):
+def test_a_reference_of_other_classes_is_refused(vit, pictures, tmp_path, save_for_pictures):
     model = transformers.AutoModelForImageClassification.from_pretrained(vit)
     model.config.id2label = {0: "dog", 1: "cat", 2: "fish"}
-    other = save(model, tmp_path / "other", 8)
+    other = save_for_pictures(model, tmp_path / "other", 8)
     with pytest.raises(RequestError, match="in the same order"):
         bitmend.evaluate([other], images=[pictures], reference=vit)
 
 
-def test_a_head_that_reads_zeros_is_told(vit, run, tmp_path):
+def test_a_head_that_reads_zeros_is_told(vit, run, tmp_path, save_for_pictures):
     model = transformers.AutoModelForImageClassification.from_pretrained(vit)
     with torch.no_grad():
         model.vit.layernorm.weight.zero_()
         model.vit.layernorm.bias.zero_()
-    report = run(save(model, tmp_path / "zeros", 8), "rtn", STATIC)
+    report = run(save_for_pictures(model, tmp_path / "zeros", 8), "rtn", STATIC)
     assert [(event.kind, event.where, event.degrades) for event in report.events] == [("no_range", "classifier", True)]
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     spec = loaded.config.quantization_config.manifest.inputs["classifier"].activations

@@ -10,12 +10,14 @@ behind is repaired, too; `local`, the full-precision block on the same x (the pa
 comes nearest to the former on rows it was not fitted to.
 
 How we differ:
+- Of tokens, only what the next norm can see is to be predicted (`scale_free`).
 - The trajectory, because it is the whole network's output that counts (docs/decisions/0025).
 - float64 on standardised inputs with a ridge, chosen by cross-validation over rows, where the paper inverts the normal
   matrix in float32. With an intercept and exact arithmetic the in-sample R^2 is never negative, so that the paper's gate
   (drop a map whose R^2 is not positive) tells where that inverse has failed, and nothing of other data.
-- A map is kept where it lowers the error on held-out rows. `gate = "in_sample"` and `solve = "float32_inverse"` are the
-  paper's.
+- A map is kept where it lowers the error on held-out rows and on each fold that it was not fitted to. `gate = "in_sample"`
+  and `solve = "float32_inverse"` are the paper's.
+- The constant is drawn towards zero by what it changes from fold to fold, as W is by its ridge.
 - Cheaper structures: a constant, a scale and shift for each channel of the output (QwT-v2, arXiv:2505.20932), the best W of
   a rank (reduced-rank regression), blocks on the diagonal. `auto` takes the one with the smallest cross-validated error times
   4 to its bits for each weight of the block: a map has to do better than its bytes would as wider codes, at 6 dB a bit.
@@ -84,6 +86,9 @@ class QwT:
         gate: what a map must do to be kept: lower the error on held-out rows, or have a positive R^2 where it was fitted.
         solve: how: by ridge regression in float64, or by the paper's inverse in float32, which has no other structure than
             `full` and `block_diagonal`.
+        scale_free: of what a token lacks, leave out the part along the token itself, which the next norm takes out. A map
+            that brings back a part of the states' size, such as their mean, and not the rest, makes the error smaller and the
+            output worse.
         token_cap: a token counts less from this many times the usual ||x||^2 on, so that a few massive ones do not decide.
         dtype: of all stored numbers but b.
     """
@@ -94,6 +99,7 @@ class QwT:
     groups: Annotated[int, Field(ge=0)] = 0
     gate: Literal["held_out", "in_sample"] = "held_out"
     solve: Literal["ridge", "float32_inverse"] = "ridge"
+    scale_free: bool = True
     token_cap: Annotated[float, Field(gt=0)] = 16.0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
@@ -121,7 +127,7 @@ class QwT:
         choice, crossed = self._choose(problem.shape, folds, problem.num_weights)
         fitted = add_up(folds)
         moments = fitted.moments()
-        shape, tensors, map = self._make(choice, moments)
+        shape, tensors, map = self._make(choice, moments, folds)
         held_out = problem.held_out.moments() if problem.held_out is not None else None
         target = len(self.targets) - 1
         found: dict[str, Any] = {
@@ -132,6 +138,7 @@ class QwT:
             "ridge": choice.ridge,
             "in_sample_r2": _removed(moments.error(map, target), moments.variance(target)),
             "removed_in_folds": crossed,
+            "steady_share_of_constant": self._steady(choice, folds),
             "removed_held_out": None
             if held_out is None
             else _removed(held_out.error(map, target), held_out.energy(target)),
@@ -145,23 +152,20 @@ class QwT:
             return Compensated(None, {}, found | {"bytes": 0}, (Event("dropped", problem.where, why),))
         if held_out is not None and self.gate == "held_out":
             assert problem.held_out is not None
-            shape, tensors, _ = self._make(choice, add_up([fitted, problem.held_out]).moments())
+            everything = [*folds, problem.held_out]
+            shape, tensors, _ = self._make(choice, add_up(everything).moments(), everything)
         return Compensated(shape, tensors, found, tuple(self._overflow(tensors, problem.where)))
 
     def _verdict(self, found: Mapping[str, Any]) -> tuple[bool, str]:
         if self.gate == "in_sample":
-            value = found["in_sample_r2"]  # 0 of every constant
-            return value > 0 or found[
-                "structure"
-            ] == "bias", f"its R^2 on the rows it was fitted to is {value:.3g}; left out"
-        removed = found["removed_held_out"]
-        if removed is None:
-            removed = found["removed_in_folds"]
-        if removed is None:
-            return True, ""
-        return (
-            removed > 0,
-            f"the map would raise the error of the block on held-out rows by {-100 * removed:.2g} %; left out",
+            value = found["in_sample_r2"]
+            kept = value > 0 or found["structure"] == "bias"  # it is 0 of every constant
+            return kept, f"its R^2 on the rows it was fitted to is {value:.3g}; left out"
+        parts = [*(found["removed_in_folds"] or []), found["removed_held_out"]]
+        worst = min((one for one in parts if one is not None), default=1.0)
+        return worst > 0, (
+            f"the map would raise the error of the block by {-100 * worst:.2g} % on some of the rows that it was not fitted "
+            "to; left out"
         )
 
     def _overflow(self, tensors: Mapping[str, Tensor], where: str) -> Iterator[Event]:
@@ -211,22 +215,41 @@ class QwT:
 
     def _choose(
         self, shape: CompensationShape, folds: list[RegressionSums], num_weights: int
-    ) -> tuple[_Choice, float | None]:
-        """Return what has the smallest error on rows it was not fitted to, and which share of the error that takes away."""
+    ) -> tuple[_Choice, list[float] | None]:
+        """Return what has the smallest error on rows it was not fitted to, and of each fold the share that it removes."""
         choices = self._choices(shape)
         if len(folds) < 2:
             choice = next((one for one in choices if one.ridge >= UNTRIED_RIDGE), choices[0])
             return choice, None
         target = len(self.targets) - 1
-        errors, energy = [0.0] * len(choices), 0.0
+        errors: list[list[float]] = [[] for _ in choices]
+        energies = []
         for fold in folds:
             judged = fold.moments()
             maps = _Maps(self, add_up([one for one in folds if one is not fold]).moments())
             for number, choice in enumerate(choices):
-                errors[number] += judged.error(maps.of(choice)[0], target) * judged.weight
-            energy += judged.energy(target) * judged.weight
-        best = min(range(len(choices)), key=lambda number: self._price(choices[number], errors[number], num_weights))
-        return choices[best], _removed(errors[best], energy)
+                errors[number].append(judged.error(maps.of(choice)[0], target) * judged.weight)
+            energies.append(judged.energy(target) * judged.weight)
+        best = min(
+            range(len(choices)), key=lambda number: self._price(choices[number], sum(errors[number]), num_weights)
+        )
+        return choices[best], [_removed(error, energy) for error, energy in zip(errors[best], energies, strict=True)]
+
+    def _steady(self, choice: _Choice, folds: list[RegressionSums]) -> float:
+        """Return the share of mean e that is no accident of the rows: 1 - its variance over its square.
+
+        Tokens of one row are alike, so that the mean of thousands of them may rest on a few rows; and a constant is added to
+        every token alike, which the output feels far more than as much error that differs from token to token.
+        """
+        if len(folds) < 2:
+            return 1.0
+        means = torch.stack([_Maps(self, one.moments()).target(choice).mean_e[0] for one in folds])
+        weights = torch.tensor([one.weight for one in folds], dtype=torch.float64, device=means.device)
+        weights = (weights / weights.sum())[:, None]
+        mean = (weights * means).sum(0)
+        variance = (weights * (means - mean).square()).sum() / (len(folds) - 1)
+        size = mean.square().sum()
+        return max(0.0, 1 - float(variance / size)) if float(size) > 0 else 0.0
 
     def _price(self, choice: _Choice, error: float, num_weights: int) -> float:
         """Return the logarithm of an error, raised by what the bytes would have done as wider codes."""
@@ -237,9 +260,9 @@ class QwT:
 
     # ------------------------------------------------------------------------------------------ storing
     def _make(
-        self, choice: _Choice, moments: RegressionMoments
+        self, choice: _Choice, moments: RegressionMoments, folds: list[RegressionSums]
     ) -> tuple[CompensationShape, dict[str, Tensor], LinearMap]:
-        """Return shape, stored tensors, and the map that these are."""
+        """Return shape, stored tensors, and the map that these are, fitted to the moments of all folds together."""
         maps, shape, dtype = _Maps(self, moments), choice.shape, DTYPES[self.dtype]
         map, factors = maps.of(choice)
         mixed = maps.mixed
@@ -256,6 +279,8 @@ class QwT:
             assert map.W is not None
             tensors = {"weight": _stored(_without_zeros(map.W, shape.groups), dtype)}
             map = with_mean(replace(map, W=_with_zeros(tensors["weight"].double(), map.W, shape.groups)), mixed)
+        if self.solve == "ridge":
+            map = replace(map, b=map.b - (1 - self._steady(choice, folds)) * mixed.mean_e[0])
         tensors["bias"] = map.b.to(BIAS_DTYPE)
         return shape, tensors, map
 
@@ -276,13 +301,18 @@ class _Maps:
         self._full: LinearMap | None = None
         self._vectors: Tensor | None = None
 
-    def of(self, choice: _Choice) -> tuple[LinearMap, tuple[Tensor, Tensor] | None]:
-        """Return a map, and its two factors where it has a low rank."""
-        shape = choice.shape
+    def target(self, choice: _Choice) -> RegressionMoments:
+        """Return the moments with what a choice is to predict."""
         if choice.share != self._share:
             shares = [1 - choice.share, choice.share] if self._method.target == "mix" else [1.0]
             self.mixed = self._moments.mixed(torch.tensor(shares, dtype=torch.float64))
             self._share, self._ridge = choice.share, None
+        return self.mixed
+
+    def of(self, choice: _Choice) -> tuple[LinearMap, tuple[Tensor, Tensor] | None]:
+        """Return a map, and its two factors where it has a low rank."""
+        shape = choice.shape
+        self.target(choice)
         if shape.structure == "bias":
             return best_constant(self.mixed), None
         if shape.structure == "affine":

@@ -24,7 +24,7 @@ from bitmend.errors import NumericsError
 from bitmend.linalg.least_squares import RegressionSums
 from bitmend.models.loading import CAUSAL_LM, IMAGE_CLASSIFIER
 from bitmend.numerics.products import FastLinear
-from bitmend.protocols import Batch, BlockReport, CompensationProblem, Compensator, Event, ModelAdapter
+from bitmend.protocols import BlockReport, CompensationProblem, Compensator, Event, ModelAdapter
 from bitmend.sites import Block
 
 LOCAL = "local"
@@ -132,25 +132,30 @@ class Compensating:
         """Return what the model's output on the held-out rows says of all maps together, and what the user must be told.
 
         Both streams stand behind the last block. `without` and `with` are divergences from the full-precision model in nats,
-        of encoders relative squared errors; `kept` is 1 or 0. Empty where no map was kept or no row is held out.
+        of encoders relative squared errors; `standard_error` is that of their difference, over rows; `kept` is 1 where the
+        maps bring the output nearer by more than that, else 0. Empty where no map was kept or no row is held out.
 
         Cost: what lies behind the last block, three times for each held-out row.
         """
         if self._base is None or not streams.has_held_out or not self._compensator.judges_model:
             return {}, []
-        totals = {"without": 0.0, "with": 0.0}
-        weight = 0.0
+        rows: dict[str, list[Tensor]] = {"without": [], "with": [], "weight": []}
         for place, position in enumerate(_held_out(streams)):
             batch = streams.batches[position].tokens
             states = (streams.x_fp[position], self._base[place], streams.x_q[position])
             with FastLinear():  # what lies behind the blocks may be as much work as all of them
                 wanted, base, now = (self._adapter.logits(one.to(streams.device), batch) for one in states)
-            for name, given in (("without", base), ("with", now)):
-                totals[name] += self._distance(wanted, given, batch)
-            flat = _real(wanted, batch)
-            weight += len(flat) if self._gives_logits else float(flat.double().square().sum())
-        found = {name: total / weight for name, total in totals.items()}
-        kept = math.isfinite(found["with"]) and found["with"] <= found["without"]
+            mask = None if batch.mask is None else batch.mask.to(wanted.device)
+            rows["without"].append(self._distances(wanted, base, mask))
+            rows["with"].append(self._distances(wanted, now, mask))
+            rows["weight"].append(self._weights(wanted, mask))
+        sums = {name: torch.cat(parts) for name, parts in rows.items()}
+        weight = float(sums["weight"].sum())
+        found = {name: float(sums[name].sum()) / weight for name in ("without", "with")}
+        gained = sums["without"] - sums["with"]
+        # By rows, because tokens of one row are alike.
+        found["standard_error"] = float(gained.std()) * len(gained) ** 0.5 / weight if len(gained) > 1 else 0.0
+        kept = found["without"] - found["with"] > found["standard_error"]
         events = [] if kept else [Event("dropped", "the whole model", _why_dropped(found))]
         return found | {"kept": float(kept)}, events
 
@@ -158,27 +163,41 @@ class Compensating:
     def _gives_logits(self) -> bool:
         return self._adapter.task in (CAUSAL_LM, IMAGE_CLASSIFIER)
 
-    def _distance(self, wanted: Tensor, given: Tensor, batch: Batch) -> float:
-        wanted, given = (_real(one, batch).float() for one in (wanted, given))
-        if not self._gives_logits:
-            return float((wanted - given).square().sum(dtype=torch.float64))
-        divergence = kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none")
-        return float(divergence.sum(dtype=torch.float64))
+    def _distances(self, wanted: Tensor, given: Tensor, mask: Tensor | None) -> Tensor:
+        """Return how far the output is from what is wanted, summed over each row."""
+        wanted, given = wanted.float(), given.float()
+        if self._gives_logits:
+            each = kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        else:
+            each = (wanted - given).square().sum(-1)
+        return _by_row(each, mask)
+
+    def _weights(self, wanted: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what the distances of each row are counted against: tokens, or the size of embeddings."""
+        each = torch.ones_like(wanted[..., 0]) if self._gives_logits else wanted.float().square().sum(-1)
+        return _by_row(each, mask)
+
+
+def _across(lacking: Tensor, given: Tensor) -> Tensor:
+    """Return what is lacking without its part along each token: that part changes its size alone."""
+    size = given.square().sum(-1, keepdim=True)
+    along = (lacking * given).sum(-1, keepdim=True) / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return lacking - along * given
+
+
+def _by_row(each: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sum over the tokens of each row, padding left out."""
+    each = each.double()
+    if mask is not None and mask.shape == each.shape:
+        each = torch.where(mask, each, 0.0)
+    return each.reshape(len(each), -1).sum(1)
 
 
 def _why_dropped(found: Mapping[str, float]) -> str:
     return (
         f"on held-out rows the model is at {found['with']:.3g} from full precision with the maps beside its blocks and at "
-        f"{found['without']:.3g} without them; all of them are left out"
+        f"{found['without']:.3g} without them, with a standard error of {found['standard_error']:.2g}; all are left out"
     )
-
-
-def _real(values: Tensor, batch: Batch) -> Tensor:
-    """Return the rows that are no padding."""
-    mask = batch.mask
-    if mask is None or values.shape[:-1] != mask.shape:
-        return values.reshape(-1, values.shape[-1])
-    return values[mask.to(values.device)]
 
 
 def _held_out(streams: DualStream) -> list[int]:
@@ -285,7 +304,10 @@ class _Measured:
             mask = None if batch.mask is None else batch.mask[rows].to(streams.device)
             x = self._flat(read[rows], mask, strided=True)
             y = self._flat(given[rows], mask)
-            yield x, y, [self._flat(one[rows], mask).float() - y.float() for one in wanted], fold
+            lacking = [self._flat(one[rows], mask).float() - y.float() for one in wanted]
+            if self._compensator.scale_free and not self._place.channels_first:
+                lacking = [_across(one, y.float()) for one in lacking]
+            yield x, y, lacking, fold
 
     def _flat(self, values: Tensor, mask: Tensor | None, *, strided: bool = False) -> Tensor:
         """Return (token, features)."""

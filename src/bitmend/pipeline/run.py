@@ -171,11 +171,11 @@ def quantize(
                 inputs=inputs,
                 outputs=transforms.outputs,
                 attentions=attentions,
-                compensations={} if _all_dropped(report) else {name: one.shape for name, one in compensations.items()},
+                compensations={} if all_dropped(report) else {name: one.shape for name, one in compensations.items()},
             )
-            dropped = compensations if _all_dropped(report) else {}
+            dropped = compensations if all_dropped(report) else {}
             without = {key for name, one in dropped.items() for key in compensation_tensors(name, one)}
-            documents = {"recipe.toml": plan.to_toml(), "README.md": _how_to_load(adapter)}
+            documents = {"recipe.toml": plan.to_toml(), "README.md": how_to_load(adapter)}
             base = None if tower is None else adapter.config.to_dict()
             writer.finish(
                 config, documents, base=base, check=lambda folder: write_report(folder, report), without=without
@@ -287,7 +287,7 @@ def _write_blocks(
     return entries, inputs, attentions, compensations
 
 
-def _all_dropped(report: RunReport) -> bool:
+def all_dropped(report: RunReport) -> bool:
     """Return whether the model as a whole is no better for the maps beside its blocks."""
     judged = report.blocks[-1].compensation.get("model", {}) if report.blocks else {}
     return judged.get("kept", 1.0) == 0
@@ -450,7 +450,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _how_to_load(adapter: ModelAdapter) -> str:
+def how_to_load(adapter: ModelAdapter) -> str:
+    """Return README.md of a folder that was made from the adapter's model."""
     return HOW_TO_LOAD.format(loader=adapter.task, export=EXPORT if adapter.task == CAUSAL_LM else "")
 
 

@@ -17,9 +17,13 @@ def run_lines(report: RunReport) -> Iterator[str]:
     proved = [site for site in sites if site.held_out_error is not None]
     if proved:
         yield _proof_line(proved)
+    yield from _compensation_lines(report)
     bits = report.bits
+    where = (
+        f"{len(sites)} matrices quantised; {{}} bits per weight in them" if sites else "{} bits per quantised weight"
+    )
     yield (
-        f"{len(sites)} matrices quantised; {bits['quantised_layers']:.3f} bits per weight in them, "
+        f"{where.format(format(bits['quantised_layers'], '.3f'))}, "
         f"{bits['whole_model']:.3f} in the whole model (from the saved bytes)"
     )
     yield f"wrote {report.output} in {report.seconds['total']:.1f} s, peak memory {report.peak_memory_bytes / 1e6:.0f} MB"
@@ -30,6 +34,24 @@ def _event_lines(report: RunReport) -> Iterator[str]:
         yield f"{event.kind} at {event.where}: {event.message}"
     if len(report.events) > MOST_EVENTS:
         yield f"... and {len(report.events) - MOST_EVENTS} more events in run.json"
+
+
+def _compensation_lines(report: RunReport) -> Iterator[str]:
+    """Yield what the maps beside blocks are worth, by the rows that they were not fitted to."""
+    fitted = [block.compensation for block in report.blocks if "structure" in block.compensation]
+    if not fitted:
+        return
+    kept = [one for one in fitted if one["kept"]]
+    stored = sum(one["bytes"] for one in kept)
+    judged = report.blocks[-1].compensation.get("model", {})
+    if judged.get("kept") == 0:
+        kept, stored = [], 0
+    yield f"maps beside blocks: {len(kept)} of {len(fitted)} kept, {stored / 1e6:.3g} MB"
+    if judged:
+        yield (
+            f"held-out distance of the model's output from full precision: {number(judged['with'])} with them against "
+            f"{number(judged['without'])} without"
+        )
 
 
 def _proof_line(proved: list[SiteReport]) -> str:
