@@ -6,8 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitmend.compensation import CompensationShape
 from bitmend.errors import CheckpointError, RequestError
-from bitmend.formats.manifest import Manifest, ManifestEntry, quantization_config, spec_from_json, spec_to_json
+from bitmend.formats.manifest import (
+    Manifest,
+    ManifestEntry,
+    compensation_from_json,
+    quantization_config,
+    spec_from_json,
+    spec_to_json,
+)
 from bitmend.linalg.greedy_rotation import BlockRotation
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
@@ -443,3 +451,57 @@ def test_what_has_two_signs_or_is_cached_needs_a_uniform_grid(operand):
     config["attentions"]["attention.1"][operand] = {"kind": "log_sqrt2", "bits": 4, "range": 1.0}
     with pytest.raises(CheckpointError, match=f"must round {operand} on a uniform grid; got .'kind': 'log_sqrt2'"):
         Manifest.from_json(config)
+
+
+BESIDE = {
+    "structure": "low_rank",
+    "inputs": 8,
+    "outputs": 8,
+    "rank": 2,
+    "groups": 1,
+    "channels_first": False,
+    "stride": 1,
+    "clamped": False,
+}
+
+
+def test_maps_beside_blocks_come_back_and_need_the_sixth_version():
+    shapes = {
+        "b.0": CompensationShape("low_rank", 8, 8, rank=2),
+        "b.1": CompensationShape("block_diagonal", 64, 128, groups=2, channels_first=True, stride=2, clamped=True),
+    }
+    config = json.loads(json.dumps(quantization_config({"a": ManifestEntry(SPEC, (4, 32))}, compensations=shapes)))
+    assert config["format_version"] == 6
+    assert Manifest.from_json(config).compensations == shapes
+    config["compensations"]["b.0"]["rank"] = 3
+    with pytest.raises(CheckpointError, match="seal"):
+        Manifest.from_json(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"structure": "cubic"},
+        {"structure": 3},
+        {"inputs": 0},
+        {"inputs": True},
+        {"inputs": 1 << 40, "outputs": 1 << 40},
+        {"outputs": 16},
+        {"rank": 0},
+        {"rank": 9},
+        {"structure": "full"},
+        {"structure": "block_diagonal", "rank": 0, "groups": 3},
+        {"groups": 2},
+        {"stride": 0},
+        {"stride": -1},
+        {"clamped": 1},
+        {"extra": 1},
+    ],
+)
+def test_an_impossible_map_beside_a_block_is_refused(change):
+    assert compensation_from_json("b", BESIDE).rank == 2
+    with pytest.raises(CheckpointError, match=r"beside b|needs"):
+        compensation_from_json("b", BESIDE | change)
+    for missing in BESIDE:
+        with pytest.raises(CheckpointError, match="must say"):
+            compensation_from_json("b", {key: value for key, value in BESIDE.items() if key != missing})

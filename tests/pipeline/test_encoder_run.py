@@ -168,3 +168,36 @@ def test_an_embedding_table_is_quantised_where_there_is_no_head(bert, lines, tmp
 def test_a_prefix_is_for_decoders(bert, lines):
     with pytest.raises(RecipeError, match="a prefix stands in front of what a decoder reads, and the model is none"):
         check_request(bert, "gptq", [lines], overrides=KEYS | {"prefix.tokens": [5]})
+
+
+def test_maps_beside_the_blocks_of_an_encoder(bert, lines, tmp_path):
+    """Padding has no part in what is fitted, and none in what is judged: the error told is that of each text by itself."""
+    method = {"name": "qwt", "structure": "full", "gate": "in_sample"}
+    keys = KEYS | {"compensators": [method]}
+    report = quantize(bert, "rtn", [lines], output=tmp_path / "out", overrides=keys)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    rows = load_calibration(
+        [lines], tokenizer, sequences=12, sequence_length=32, held_out=0.25, seed=0, whole_texts=True
+    )
+    whole, packed = transformers.AutoModel.from_pretrained(bert), bitmend.load(tmp_path / "out")
+    assert packed.encoder.layer[0].compensation.weight.shape == (16, 16)
+    error = energy = 0.0
+    for row, held_out in zip(rows.rows, rows.held_out.tolist(), strict=True):
+        if held_out:
+            with torch.no_grad():
+                full, found = (
+                    model(input_ids=row.unsqueeze(0)).last_hidden_state.double() for model in (whole, packed)
+                )
+            error += float((full - found).square().sum())
+            energy += float(full.square().sum())
+    assert report.blocks[-1].relative_error == pytest.approx(error / energy, rel=1e-4)
+
+
+def test_maps_beside_the_blocks_of_both_towers(clip, lines, pictures, tmp_path):
+    keys = KEYS | {"compensators": [{"name": "qwt", "structure": "bias", "gate": "in_sample"}]}
+    bitmend.quantize(clip, "rtn", [lines, pictures], output=tmp_path / "out", overrides=keys)
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "out")
+    for tower in (model.text_model, model.vision_model):
+        assert all(hasattr(layer, "compensation") for layer in tower.encoder.layers)
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert len(described["compensations"]) == 4

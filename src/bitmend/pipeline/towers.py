@@ -267,6 +267,7 @@ def _join(request: _Request, work: Path, reports: Mapping[str, RunReport], repla
             inputs={name: scheme for one in manifests for name, scheme in one.inputs.items()},
             outputs={name: rotation for one in manifests for name, rotation in one.outputs.items()},
             attentions={name: scheme for one in manifests for name, scheme in one.attentions.items()},
+            compensations={name: shape for one in manifests for name, shape in one.compensations.items()},
         )
         loader = read_config(folder, trusts).architectures[0]
         documents = {

@@ -83,6 +83,8 @@ def _with_online_parts(plain: Path, place: Path) -> None:
         "kv_cache.symmetric": True,
     }
     _native(plain, place / "native-static", rounded | static | {"prefix.tokens": [5, 9]}, rows)
+    beside = {"compensators": [{"name": "qwt", "structure": "low_rank", "gate": "in_sample"}]}
+    _native(plain, place / "native-compensated", {"weights.bits": 4} | beside, rows)
     learned = {"transforms": [{"name": "spinquant", "steps": 1, "force": True}], "kv_cache.bits": 4}
     _native(plain, place / "native-learned", rounded | learned, rows)
 

@@ -176,6 +176,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "native-rotated": _LOADED,
     "native-static": _LOADED,
     "native-learned": _LOADED,
+    "native-compensated": _LOADED,
     "plain-transformer": _OTHER,
     "native-transformer": _LOADED,
     "plain-convolutions": _OTHER,
