@@ -857,3 +857,32 @@ def test_a_real_process_says_one_sentence(tiny_model, tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: no adapter reads T5ForConditionalGeneration")
+
+
+def test_compensate(bitmend, quantised, tiny_model, tiny_text, tmp_path):
+    asked = ["--reference", tiny_model, "--calibration", tiny_text, "--sequences", 12, "--sequence-length", 12]
+    outcome = bitmend(
+        "compensate", quantised, *asked, "--set", "structure=full", "--output", "made", "--log-json", "log.json"
+    )
+    assert outcome.code == 0, outcome
+    assert "maps beside blocks: " in outcome.out
+    assert "bits per quantised weight" in outcome.out
+    report = json.loads(Path("log.json").read_text())
+    assert [block["compensation"]["structure"] for block in report["blocks"]] == ["full", "full"]
+    assert report["recipe"]["compensators"] == [{"name": "qwt", "structure": "full"}]
+    again = bitmend("compensate", quantised, *asked, "--output", "made")
+    assert again.code == 2
+    assert "exists" in again.err
+
+
+def test_compensate_with_requests_that_cannot_be(refused, quantised, tiny_model, tiny_text):
+    asked = ["--reference", tiny_model, "--calibration", tiny_text, "--sequences", 12, "--sequence-length", 12]
+    assert "is not quantised" in refused("compensate", tiny_model, *asked)
+    assert "has no key 'structur'" in refused("compensate", quantised, *asked, "--set", "structur=full")
+    assert "calibration" in refused("compensate", quantised, "--reference", tiny_model)
+    assert "exist" in refused("compensate", quantised, "--reference", "./nowhere", "--calibration", tiny_text)
+    assert not nothing_is_left(Path())
+
+
+def nothing_is_left(folder):
+    return [path for path in folder.iterdir() if path.suffix == ".partial"]

@@ -22,6 +22,8 @@ from torch.nn.functional import conv2d, linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from bitmend.errors import ModelError
+
 CHILD = "compensation"
 HIDDEN_NAMES = ("hidden_states", "pixel_values")
 Structure = Literal["bias", "affine", "low_rank", "block_diagonal", "full"]
@@ -90,26 +92,32 @@ class Compensation(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y with what the map adds, in the type of y."""
-        found = y + self.correction(x, y)
+        features = y.shape[1] if self.shape.channels_first else y.shape[-1]
+        if features != self.shape.outputs:
+            raise ModelError(
+                f"a map beside a block is for {self.shape.outputs} features, but the block gives {features}; the checkpoint "
+                "does not fit the model"
+            )
+        found = y + self.correction(x.to(y.device), y)
         return found.clamp(min=0) if self.shape.clamped else found
 
     def correction(self, x: Tensor, y: Tensor) -> Tensor:
         """Return what is added."""
         shape = self.shape
-        bias = self.get_buffer("bias").to(y.dtype)
+        bias = self.get_buffer("bias").to(y)
         if shape.channels_first:
             x, bias = x[:, :, :: shape.stride, :: shape.stride], bias[:, None, None]
         if shape.structure == "bias":
             return bias
         if shape.structure == "affine":
-            scale = self.get_buffer("scale").to(y.dtype)
+            scale = self.get_buffer("scale").to(y)
             return y * (scale[:, None, None] if shape.channels_first else scale) + bias
         if shape.structure == "low_rank":
             return self._product(self._product(x, "down"), "up") + bias
         return self._product(x, "weight") + bias
 
     def _product(self, x: Tensor, name: str) -> Tensor:
-        weight = self.get_buffer(name).to(x.dtype)
+        weight = self.get_buffer(name).to(x)
         if self.shape.channels_first:
             return conv2d(x, weight[:, :, None, None], groups=self.shape.groups)
         if self.shape.groups == 1:
@@ -127,7 +135,11 @@ def attach_compensation_(block: nn.Module, compensation: Compensation) -> Remova
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         found = module.get_submodule(CHILD)
         assert isinstance(found, Compensation)
-        hidden = args[0] if args else next(kwargs[name] for name in HIDDEN_NAMES if name in kwargs)
+        hidden = args[0] if args else next((kwargs[name] for name in HIDDEN_NAMES if name in kwargs), None)
+        if not isinstance(hidden, Tensor):
+            raise ModelError(
+                "a map stands beside a module that is not called with hidden states; no block is this module"
+            )
         leaves, spec = tree_flatten(output)
         place = next(position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         leaves[place] = found(hidden, leaves[place])

@@ -147,13 +147,32 @@ def test_mix_takes_the_share_that_the_last_target_asks_for():
     assert QwT(target="local").targets == ("local",)
 
 
-def test_all_rows_are_used_in_the_end():
+def test_held_out_rows_are_never_fitted_to():
+    """They prove the map, and then the maps behind it and the whole model."""
     problem = problem_of(n=80, held_out=400)
     method = QwT(structure="full")
-    refitted, without = method.fit(problem), method.fit(replace(problem, held_out=None))
-    assert not torch.equal(refitted.tensors["weight"], without.tensors["weight"])
-    assert left_of(refitted)[0] < left_of(without)[0]
+    proved, without = method.fit(problem), method.fit(replace(problem, held_out=None))
+    assert torch.equal(proved.tensors["weight"], without.tensors["weight"])
     assert without.diagnostics["removed_held_out"] is None
+
+
+def test_nothing_is_kept_that_no_row_proves():
+    sums = problem_of().folds[0]
+    alone = CompensationProblem("block", CompensationShape("bias", D, D), [sums])
+    found = QwT(structure="full").fit(alone)
+    assert found.shape is None
+    assert "nothing proves the map" in found.events[0].message
+
+
+@pytest.mark.parametrize(("width", "asked", "expected"), [(200, 0, 2), (64, 3, 2), (64, 0, 1), (256, 0, 4), (7, 5, 1)])
+def test_blocks_on_the_diagonal_divide_the_width(width, asked, expected):
+    method = QwT(structure="block_diagonal", groups=asked)
+    assert method.largest(CompensationShape("bias", width, width)).groups == expected
+
+
+def test_the_papers_inverse_has_no_other_structures():
+    with pytest.raises(ValueError, match="float32_inverse"):
+        QwT(solve="float32_inverse")
 
 
 def test_numbers_beyond_float16_are_stored_in_bfloat16():

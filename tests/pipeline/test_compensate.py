@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitmend.compensation import CHILD
 from bitmend.errors import CheckpointError, ModelError, RecipeError, RequestError
@@ -13,6 +13,7 @@ from bitmend.formats.compressed_tensors import CompressedTensors
 from bitmend.formats.gptq import GptqFormat
 from bitmend.pipeline.compensate import compensate
 from bitmend.pipeline.run import quantize
+from bitmend.testing.fuzz.folders import GROUP, _awq
 
 ROWS = {"calibration.sequences": 8, "calibration.sequence_length": 12}
 KEPT = {"structure": "full", "gate": "in_sample"}  # so that random models keep their maps
@@ -97,12 +98,15 @@ def test_models_of_pictures(family, pictures, tmp_path, request):
     assert bool(found.isfinite().all())
 
 
-@pytest.mark.parametrize("tool", [CompressedTensors, GptqFormat])
-def test_codes_of_other_tools_are_taken_over(run_tiny, tiny, tiny_text, tmp_path, tool):
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("tool", [CompressedTensors().export, GptqFormat().export, _awq])
+def test_codes_of_other_tools_are_taken_over(run_tiny, tiny, tiny_text, tmp_path, tool, symmetric):
+    if tool is _awq and symmetric:
+        pytest.skip("AWQ has zero points")
     folder = tiny.save(tmp_path / "model", tiny.build(hidden_size=64, intermediate_size=64, num_attention_heads=4))
-    keys = {"weights.bits": 4, "weights.group_size": 32, "weights.scale_dtype": "float16"}
-    run_tiny("plain", model=folder, recipe="rtn", keys=keys)
-    tool().export(tmp_path / "plain", tmp_path / "other")
+    keys = {"weights.bits": 4, "weights.group_size": GROUP, "weights.scale_dtype": "float16"}
+    run_tiny("plain", model=folder, recipe="rtn", keys={**keys, "weights.symmetric": symmetric})
+    tool(tmp_path / "plain", tmp_path / "other")
     method = {**ROWS, **KEPT}
     compensate(tmp_path / "plain", folder, [tiny_text], output=tmp_path / "ours", overrides=method)
     compensate(tmp_path / "other", folder, [tiny_text], output=tmp_path / "theirs", overrides=method)
@@ -134,6 +138,32 @@ def test_a_reference_that_does_not_match(run_tiny, tiny, tiny_text, tmp_path):
             compensate(tmp_path / "plain", reference, [tiny_text], output=tmp_path / "out", overrides=ROWS)
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_sibling_of_the_reference_is_refused(run_tiny, tiny, tiny_text, tmp_path):
+    run_tiny("plain", recipe="rtn", keys={"weights.bits": 3, "embedding.bits": 8})
+    torch.manual_seed(0)
+    other = tiny.build()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1 + 0.3 * torch.randn_like(other.model.embed_tokens.weight))
+    sibling = tiny.save(tmp_path / "sibling", other)
+    for name, keys in (("plain", {"embedding.bits": 8}), ("unrounded", {})):
+        run_tiny(name, recipe="rtn", keys={"weights.bits": 3, **keys}, overwrite=True)
+        with pytest.raises(ModelError, match=r"their model\.embed_tokens.* differ"):
+            compensate(tmp_path / name, sibling, [tiny_text], output=tmp_path / "out", overrides=ROWS)
+
+
+def test_a_folder_without_one_of_its_tensors_is_refused(run_tiny, tiny_model, tiny_text, tmp_path):
+    run_tiny("plain", recipe="rtn", keys={"weights.bits": 4, "weights.group_size": 8})
+    path = tmp_path / "plain" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"]["files"] = {}
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"has model\.norm\.weight, which the quantised model lacks"):
+        compensate(tmp_path / "plain", tiny_model, [tiny_text], output=tmp_path / "out", overrides=ROWS)
 
 
 def test_requests_that_cannot_be(run_tiny, tiny_model, tiny_text, tmp_path):

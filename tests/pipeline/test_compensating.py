@@ -113,9 +113,11 @@ def test_what_the_model_gives_decides_in_the_end(run_tiny, monkeypatch, tmp_path
         return found | {"kept": 0.0}, []
 
     monkeypatch.setattr(Compensating, "judge", worse)
-    run_tiny(output="without", recipe="rtn", keys=qwt())
+    dropped = run_tiny(output="without", recipe="rtn", keys=qwt(gate="held_out", structure="affine"))
     monkeypatch.undo()
-    run_tiny(output="plain", recipe="rtn", keys={"weights.bits": 3})
+    plain = run_tiny(output="plain", recipe="rtn", keys={"weights.bits": 3})
+    assert all(not block.compensation["kept"] and block.compensation["bytes"] == 0 for block in dropped.blocks)
+    assert [block.relative_error for block in dropped.blocks] == [block.relative_error for block in plain.blocks]
     accounts = {name: ledger(tmp_path / name) for name in ("with", "without", "plain")}
     assert accounts["with"].bits["side"] > 0
     assert accounts["without"].bits["side"] == 0

@@ -6,6 +6,7 @@ from bitmend.evaluate.results import EvaluationReport, ModelResult, TextResult
 from bitmend.formats.ledger import CATEGORIES, Ledger, LedgerRow
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
+from bitmend.pipeline.compensating import forget_maps_
 from bitmend.protocols import BlockReport, Event, RunReport, SiteReport
 from bitmend.report.summary import MOST_EVENTS, evaluation_rows, ledger_rows, online_rows, run_lines, scheme_rows
 
@@ -150,3 +151,20 @@ def test_scheme_rows_group_by_width(account):
     assert header == ["codes", "matrices", "weights", "true bits per weight"]
     # 3 bits: (300 + 50 + 20) / 100; 4 bits: (400 + 50 + 1200 + 150) / 400, the bias is no weight
     assert rows == [["3 bits", "1", "100", "3.7000"], ["4 bits", "2", "400", "4.5000"]]
+
+
+def test_maps_beside_blocks_are_counted_and_judged():
+    report = run_report([])
+    fitted = {"structure": "bias", "kept": True, "bytes": 1_500_000}
+    report.blocks = [BlockReport("a", compensation=fitted), BlockReport("b", compensation=fitted | {"kept": False})]
+    report.blocks[-1].compensation["model"] = {"with": 0.25, "without": 0.5, "kept": 1.0}
+    assert list(run_lines(report))[:3] == [
+        "maps beside blocks: 1 of 2 kept, 1.5 MB",
+        "held-out distance of the model's output from full precision: 0.25 with them against 0.5 without",
+        "4.125 bits per quantised weight, 6.500 in the whole model (from the saved bytes)",
+    ]
+    report.blocks[0].compensation |= {"error_without_any": 0.5}
+    report.blocks[1].compensation |= {"error_without_any": 0.75}
+    forget_maps_(report)
+    assert [block.relative_error for block in report.blocks] == [0.5, 0.75]
+    assert next(run_lines(report)) == "maps beside blocks: 0 of 2 kept, 0 MB"

@@ -17,6 +17,7 @@ How we differ:
   (drop a map whose R^2 is not positive) tells where that inverse has failed, and nothing of other data.
 - A map is kept where it lowers the error on held-out rows and on each fold that it was not fitted to. `gate = "in_sample"`
   and `solve = "float32_inverse"` are the paper's.
+- It is not fitted again to the held-out rows afterwards: these go on to prove the blocks behind it, and the model.
 - The constant is drawn towards zero by what it changes from fold to fold, as W is by its ridge.
 - Cheaper structures: a constant, a scale and shift for each channel of the output (QwT-v2, arXiv:2505.20932), the best W of
   a rank (reduced-rank regression), blocks on the diagonal. `auto` takes the one with the smallest cross-validated error times
@@ -82,7 +83,8 @@ class QwT:
         structure: of the map; `auto` tries all but `block_diagonal`, and several ranks.
         target: what the map is to predict; see the module.
         rank: of `low_rank`; 0: the width of the output over 16.
-        groups: blocks of `block_diagonal`; 0: one for each 64 inputs, as the paper has it on maps of pictures.
+        groups: blocks of `block_diagonal`, fewer where these do not divide the widths; 0: one for each 64 inputs, as the
+            paper has it on maps of pictures.
         gate: what a map must do to be kept: lower the error on held-out rows, or have a positive R^2 where it was fitted.
         solve: how: by ridge regression in float64, or by the paper's inverse in float32, which has no other structure than
             `full` and `block_diagonal`.
@@ -104,6 +106,12 @@ class QwT:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     folds: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        if self.solve == "float32_inverse" and self.structure not in ("full", "block_diagonal"):
+            raise ValueError(
+                "solve = 'float32_inverse' is the paper's, whose maps are full or block_diagonal; set structure"
+            )
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -150,10 +158,6 @@ class QwT:
         keep, why = self._verdict(found)
         if not keep:
             return Compensated(None, {}, found | {"bytes": 0}, (Event("dropped", problem.where, why),))
-        if held_out is not None and self.gate == "held_out":
-            assert problem.held_out is not None
-            everything = [*folds, problem.held_out]
-            shape, tensors, _ = self._make(choice, add_up(everything).moments(), everything)
         return Compensated(shape, tensors, found, tuple(self._overflow(tensors, problem.where)))
 
     def _verdict(self, found: Mapping[str, Any]) -> tuple[bool, str]:
@@ -162,7 +166,10 @@ class QwT:
             kept = value > 0 or found["structure"] == "bias"  # it is 0 of every constant
             return kept, f"its R^2 on the rows it was fitted to is {value:.3g}; left out"
         parts = [*(found["removed_in_folds"] or []), found["removed_held_out"]]
-        worst = min((one for one in parts if one is not None), default=1.0)
+        known = [one for one in parts if one is not None]
+        if not known:
+            return False, "there are no rows that it was not fitted to, so that nothing proves the map; left out"
+        worst = min(known)
         return worst > 0, (
             f"the map would raise the error of the block by {-100 * worst:.2g} % on some of the rows that it was not fitted "
             "to; left out"
@@ -206,7 +213,9 @@ class QwT:
 
     def _shaped(self, shape: CompensationShape, structure: Structure) -> CompensationShape:
         rank = self.rank or max(1, shape.outputs // RANK_SHARE)
-        groups = self.groups or max(1, shape.inputs // 64)
+        common = math.gcd(shape.inputs, shape.outputs)
+        wanted = min(common, self.groups or max(1, shape.inputs // 64))
+        groups = next(count for count in range(wanted, 0, -1) if common % count == 0)
         if structure == "low_rank":
             return replace(shape, structure=structure, rank=min(rank, shape.inputs, shape.outputs))
         if structure == "block_diagonal":

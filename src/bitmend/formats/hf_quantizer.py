@@ -303,6 +303,10 @@ def attach_compensations_(
             record = None if records is None else records.get(f"{name}.{CHILD}.{key}")
             if records is not None and record is None:
                 raise CheckpointError(f"the checkpoint lacks {name}.{CHILD}.{key}, which its manifest announces")
+            if record is not None and tuple(record.shape) != wanted:
+                raise CheckpointError(
+                    f"{name}.{CHILD}.{key} has the shape {tuple(record.shape)} in the file, but {wanted} by the manifest"
+                )
             dtype = BIAS_DTYPE if key == "bias" else torch.bfloat16 if record is None else record.dtype
             if not dtype.is_floating_point:
                 raise CheckpointError(f"{name}.{CHILD}.{key} must hold floating numbers, but is {dtype} in the file")

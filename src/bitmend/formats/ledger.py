@@ -59,7 +59,9 @@ class LedgerRow:
 
     @property
     def bits_per_weight(self) -> float:
-        """All bits of the weight over the number of weights."""
+        """All bits of the weight over the number of weights; 0 of a map beside a block, which stands for no weights."""
+        if not self.weights:
+            return 0.0
         quantised = sum(self.bits.get(category, 0) for category in QUANTISED)
         return (quantised if self.code_bits is not None else sum(self.bits.values())) / max(1, self.weights)
 

@@ -152,6 +152,7 @@ def _watch(
             AttributeError,
             KeyError,
             IndexError,
+            AssertionError,
             NotImplementedError,
         ) as error:
             reason = " ".join(str(error).split())

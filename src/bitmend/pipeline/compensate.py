@@ -29,7 +29,7 @@ from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
 from bitmend.online import attach_input
 from bitmend.pipeline.calibration_rows import Rows, batches_of, draw_calibration
-from bitmend.pipeline.compensating import Compensating
+from bitmend.pipeline.compensating import Compensating, forget_maps_
 from bitmend.pipeline.machine import peak_memory_bytes, return_free_memory
 from bitmend.pipeline.recipe import Recipe, parse_recipe
 from bitmend.pipeline.run import all_dropped, choose_device, how_to_load, versions, write_report
@@ -39,6 +39,8 @@ from bitmend.sites import Block
 DEFAULT = "qwt"
 # Two unrelated streams of the same size differ by twice their energy; what rounding does to one block stays far below.
 UNRELATED = 1.0
+# What rounding to another 16-bit type, and to few bits, may change of the embedding: it is the same in both models.
+ROUNDED, EIGHT_BITS = 0.01, 0.1
 
 
 def compensate(
@@ -76,6 +78,8 @@ def compensate(
         CheckpointError: the quantised model is damaged.
         NumericsError: NaN or Inf on the way.
 
+    The verdict over the whole model sends all states through the head of the quantised model.
+
     Cost: for each block two passes of all rows in full precision (one with `target = "trajectory"`, the default) and one in
     the quantised network, beside the fit.
     """
@@ -105,6 +109,8 @@ def compensate(
         report.peak_memory_bytes = peak_memory_bytes()
         report.status = "done"
         dropped = run.compensations if all_dropped(report) else {}
+        if dropped:
+            forget_maps_(report)
         writer.finish(
             run.config(dropped),
             {"recipe.toml": recipe.to_toml(), "README.md": how_to_load(adapter)},
@@ -183,6 +189,7 @@ class _Run:
             self._report.events += told
         finally:
             streams.close()
+            self._compensating.close()
 
     def _block_(self, index: int, streams: DualStream) -> None:
         started = time.perf_counter()
@@ -261,12 +268,16 @@ class _Run:
         """Overwrite what lies around the blocks of the reference with what the quantised checkpoint holds."""
         stored, adapter = self._stored, self._adapter
         state = adapter.model.state_dict()
+        missing = {name for name, _ in adapter.outside_tensors()}
         for name in stored.modules:
             if self._block_of(name) is None:
+                missing.discard(f"{name}.weight")
                 table = adapter.model.get_submodule(name).get_parameter("weight")
                 weight = stored.qtensor(name).dequantize(adapter.dtype)
                 if table.shape != weight.shape:
                     raise _mismatch(f"{name} has the shape {tuple(weight.shape)}, there {tuple(table.shape)}")
+                if name == adapter.embedding_name and _differ(table, weight, EIGHT_BITS):
+                    raise _mismatch(f"their {name} differ")
                 table.copy_(weight)
         for name, tensor in stored.others(stored.names_outside(adapter.block_names)):
             place = state.get(name)
@@ -274,7 +285,12 @@ class _Run:
                 raise _mismatch(
                     f"the quantised model has {name} of shape {tuple(tensor.shape)}, and the reference has not"
                 )
+            if name == f"{adapter.embedding_name}.weight" and _differ(place, tensor, ROUNDED):
+                raise _mismatch(f"their {name} differ")
             place.copy_(floating(tensor, place.dtype))
+            missing.discard(name)
+        if missing:
+            raise _mismatch(f"the reference has {min(missing)}, which the quantised model lacks")
 
     def outside_(self) -> None:
         """Write what lies around the blocks, as it is."""
@@ -301,6 +317,12 @@ class _Run:
             attentions=manifest.attentions,
             compensations={n: one.shape for n, one in self.compensations.items() if n not in dropped},
         )
+
+
+def _differ(one: Tensor, other: Tensor, allowed: float) -> bool:
+    """Return whether two tables differ by more than rounding explains, relative to their size."""
+    difference = (one.float() - other.float()).norm()
+    return bool(difference > allowed * one.float().norm())
 
 
 def _mismatch(what: str) -> ModelError:

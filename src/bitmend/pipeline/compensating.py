@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from bitmend.calibrate.activation_store import ActivationStore
-from bitmend.calibrate.dual_stream import BlockRun, DualStream
+from bitmend.calibrate.dual_stream import BlockRun, DualStream, real_tokens
 from bitmend.compensation import Compensation, CompensationShape
 from bitmend.errors import NumericsError
 from bitmend.linalg.least_squares import RegressionSums
 from bitmend.models.loading import CAUSAL_LM, IMAGE_CLASSIFIER
 from bitmend.numerics.products import FastLinear
-from bitmend.protocols import BlockReport, CompensationProblem, Compensator, Event, ModelAdapter
+from bitmend.protocols import BlockReport, CompensationProblem, Compensator, Event, ModelAdapter, RunReport
 from bitmend.sites import Block
 
 LOCAL = "local"
@@ -78,6 +78,7 @@ class Compensating:
             found = self._compensator.fit(problem.problem())
             events = list(found.events)
             report.compensation = {**found.diagnostics, "kept": found.shape is not None, "error_without": error}
+            report.compensation["error_without_any"] = error if self._base is None else self._base_error(streams)
             if found.shape is not None:
                 compensation = Compensation(found.shape, found.tensors).to(streams.device)
                 self._carry_on_(compensation, streams, read)
@@ -110,6 +111,23 @@ class Compensating:
             inputs = streams.batches[position].inputs
             self._base.replace_(place, self._adapter.run_block(block.index, hidden, inputs))
 
+    def _base_error(self, streams: DualStream) -> float:
+        """Return the relative error of the held-out rows that travel without any map, as `DualStream.relative_error`."""
+        assert self._base is not None
+        error = energy = 0.0
+        for place, position in enumerate(_held_out(streams)):
+            tokens = streams.batches[position].tokens
+            full = real_tokens(streams.x_fp[position], tokens).double()
+            error += float((full - real_tokens(self._base[place], tokens).double()).square().sum())
+            energy += float(full.square().sum())
+        return error / energy if energy else 0.0
+
+    def close(self) -> None:
+        """Free what is left of the streams."""
+        if self._base is not None:
+            self._base.close()
+            self._base = None
+
     def _carry_on_(self, compensation: Compensation, streams: DualStream, read: ActivationStore) -> None:
         """Change what the block has given; from the first map on the held-out rows also travel without any."""
         if self._base is None and self._compensator.judges_model:
@@ -133,7 +151,8 @@ class Compensating:
 
         Both streams stand behind the last block. `without` and `with` are divergences from the full-precision model in nats,
         of encoders relative squared errors; `standard_error` is that of their difference, over rows; `kept` is 1 where the
-        maps bring the output nearer by more than that, else 0. Empty where no map was kept or no row is held out.
+        maps bring the output nearer by more than that, else 0. Empty where no map was kept or fewer than two rows are held
+        out.
 
         Cost: what lies behind the last block, three times for each held-out row.
         """
@@ -150,11 +169,13 @@ class Compensating:
             rows["with"].append(self._distances(wanted, now, mask))
             rows["weight"].append(self._weights(wanted, mask))
         sums = {name: torch.cat(parts) for name, parts in rows.items()}
+        if len(sums["weight"]) < 2:
+            return {}, []
         weight = float(sums["weight"].sum())
         found = {name: float(sums[name].sum()) / weight for name in ("without", "with")}
         gained = sums["without"] - sums["with"]
         # By rows, because tokens of one row are alike.
-        found["standard_error"] = float(gained.std()) * len(gained) ** 0.5 / weight if len(gained) > 1 else 0.0
+        found["standard_error"] = float(gained.std()) * len(gained) ** 0.5 / weight
         kept = found["without"] - found["with"] > found["standard_error"]
         events = [] if kept else [Event("dropped", "the whole model", _why_dropped(found))]
         return found | {"kept": float(kept)}, events
@@ -165,12 +186,14 @@ class Compensating:
 
     def _distances(self, wanted: Tensor, given: Tensor, mask: Tensor | None) -> Tensor:
         """Return how far the output is from what is wanted, summed over each row."""
+        rows = [self._of_row(*pair) for pair in zip(wanted, given, strict=True)]  # vocabularies are large
+        return _by_row(torch.stack(rows), mask)
+
+    def _of_row(self, wanted: Tensor, given: Tensor) -> Tensor:
         wanted, given = wanted.float(), given.float()
         if self._gives_logits:
-            each = kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-        else:
-            each = (wanted - given).square().sum(-1)
-        return _by_row(each, mask)
+            return kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        return (wanted - given).square().sum(-1)
 
     def _weights(self, wanted: Tensor, mask: Tensor | None) -> Tensor:
         """Return what the distances of each row are counted against: tokens, or the size of embeddings."""
@@ -193,10 +216,19 @@ def _by_row(each: Tensor, mask: Tensor | None) -> Tensor:
     return each.reshape(len(each), -1).sum(1)
 
 
+def forget_maps_(report: RunReport) -> None:
+    """Make the report of a run whose maps were all dropped in the end say so at each block."""
+    for block in report.blocks:
+        if "structure" in block.compensation:
+            block.relative_error = block.compensation["error_without_any"]
+            block.compensation |= {"kept": False, "bytes": 0}
+
+
 def _why_dropped(found: Mapping[str, float]) -> str:
     return (
         f"on held-out rows the model is at {found['with']:.3g} from full precision with the maps beside its blocks and at "
-        f"{found['without']:.3g} without them, with a standard error of {found['standard_error']:.2g}; all are left out"
+        f"{found['without']:.3g} without them, with a standard error of {found['standard_error']:.2g}; all are left out "
+        "(what was rounded behind them was fitted to their outputs: a run without the compensator is cleaner)"
     )
 
 
@@ -322,7 +354,7 @@ class _Measured:
         """Return how much each token counts: 1, or less where it is far larger than the median of the first tokens."""
         sizes = x.float().square().sum(-1)
         if self._usual is None:
-            self._usual = sizes.median()
+            self._usual = sizes[sizes > 0].median() if bool((sizes > 0).any()) else sizes.new_tensor(torch.inf)
         limit = self._compensator.token_cap * self._usual
         return (
             None

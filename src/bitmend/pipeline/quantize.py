@@ -121,8 +121,7 @@ def quantise_blocks(
             adapter.release_block(index)
             return_free_memory()
     finally:
-        if streams is not None:
-            streams.close()
+        loop.close(streams)
 
 
 class _Loop:
@@ -150,6 +149,13 @@ class _Loop:
         self.measures = wanted.two_streams or bool(solver.needs)
         compensator = recipe.build_compensator()
         self.compensating = None if compensator is None else Compensating(adapter, compensator)
+
+    def close(self, streams: DualStream | None) -> None:
+        """Free the activations of all streams."""
+        if streams is not None:
+            streams.close()
+        if self.compensating is not None:
+            self.compensating.close()
 
     def begin_(self, batches: Sequence[tuple[Batch, bool]], progress: Progress, directory: Path | None) -> None:
         """Choose the tokens that stand in front of every text, then transform what lies around the blocks."""

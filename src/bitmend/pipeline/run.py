@@ -30,6 +30,7 @@ from bitmend.models.find import find_adapter
 from bitmend.models.loading import CAUSAL_LM, resolve_model
 from bitmend.online import AttentionScheme, InputScheme
 from bitmend.pipeline.calibration_rows import Rows, batches_of, draw_calibration, expected_batches
+from bitmend.pipeline.compensating import forget_maps_
 from bitmend.pipeline.ends import check_ends, quantise_ends
 from bitmend.pipeline.fingerprint import fingerprint_of
 from bitmend.pipeline.forecast import BatchShape
@@ -174,6 +175,8 @@ def quantize(
                 compensations={} if all_dropped(report) else {name: one.shape for name, one in compensations.items()},
             )
             dropped = compensations if all_dropped(report) else {}
+            if dropped:
+                forget_maps_(report)
             without = {key for name, one in dropped.items() for key in compensation_tensors(name, one)}
             documents = {"recipe.toml": plan.to_toml(), "README.md": how_to_load(adapter)}
             base = None if tower is None else adapter.config.to_dict()

@@ -43,11 +43,8 @@ def _compensation_lines(report: RunReport) -> Iterator[str]:
         return
     kept = [one for one in fitted if one["kept"]]
     stored = sum(one["bytes"] for one in kept)
-    judged = report.blocks[-1].compensation.get("model", {})
-    if judged.get("kept") == 0:
-        kept, stored = [], 0
     yield f"maps beside blocks: {len(kept)} of {len(fitted)} kept, {stored / 1e6:.3g} MB"
-    if judged:
+    for judged in (block.compensation["model"] for block in report.blocks if "model" in block.compensation):
         yield (
             f"held-out distance of the model's output from full precision: {number(judged['with'])} with them against "
             f"{number(judged['without'])} without"
