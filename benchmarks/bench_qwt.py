@@ -169,7 +169,8 @@ def line(rows, bases, key, base, name):
     if first["model_judged"].get("kept") == 0:
         kept += ", none in the end"
     value = f"{100 * mean(key):.2f}" if key == "top1" else f"{mean(key):.4f}"
-    other = f"{mean('kl'):.4f}" if key == "top1" else f"{mean('kl_wikitext2-test'):.4f}"
+    aside = mean("kl" if key == "top1" else "kl_wikitext2-test")
+    other = "" if aside != aside else f"{aside:.4f}"
     cells = [
         base,
         name,
