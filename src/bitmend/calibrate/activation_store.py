@@ -46,7 +46,7 @@ class _Stored:
 
 
 class ActivationStore:
-    """A list of tensors of any floating or integer dtype, kept bit for bit; a `protocols.Stream`.
+    """A list of tensors of any floating or integer dtype, kept bit for bit.
 
     Tensors that it hands out are on the CPU and must be treated as read-only; `replace_` changes one. As a context
     manager it closes itself at the end.
