@@ -42,11 +42,6 @@ COMPENSATIONS = {
 WINDOWS, SEQUENCE_LENGTH = 40, 512
 
 
-def is_language(model):
-    """Return whether a model reads text."""
-    return (assets.path(model) / "tokenizer.json").is_file() if not Path(model).is_dir() else False
-
-
 def keys_of(options, model, base, precision):
     """Return the solver and the recipe keys of a base."""
     if precision in LANGUAGE:
@@ -64,9 +59,9 @@ def text(name):
     return assets.path("text") / f"{name}.txt"
 
 
-def score(options, model, source, output):
-    """Return accuracy (None of a language model), KL and its sources."""
-    if model in vision.NETWORKS or not is_language(model):
+def score(options, language, source, output):
+    """Return top-1, or perplexities of a language model, and KL, and on what."""
+    if not language:
         part, count = ("train-50000", 3000) if options.choose else ("test-3000", None)
         found = vision.scored(source, vision.archive(part), count).score(output)
         return {"part": part, "top1": found.top1, "reference_top1": found.reference_top1, "kl": found.kl}
@@ -94,7 +89,7 @@ def run(options, model, base, precision, name, draw):
     started = time.perf_counter()
     report = bitmend.quantize(source, bitmend.load_recipe(solver, keys), rows, output=output, overwrite=True)
     seconds = time.perf_counter() - started
-    found = score(options, model, source, output)
+    found = score(options, language, source, output)
     blocks = [block.compensation for block in report.blocks if "structure" in block.compensation]
     weights = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     shutil.rmtree(output, ignore_errors=True)

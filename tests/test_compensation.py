@@ -9,8 +9,8 @@ from bitmend.compensation import (
     Compensation,
     CompensationShape,
     attach_compensation_,
-    detach_compensation_,
 )
+from bitmend.errors import ModelError
 
 
 def made(shape, seed=0):
@@ -92,11 +92,19 @@ class GivesMore(nn.Module):
 def test_attached_to_a_block_and_taken_off(by_name):
     block, map, x = GivesMore(), made(shaped("full")), torch.randn(2, 4)
     before = block(x)[0]
-    handle = attach_compensation_(block, map)
+    attach_compensation_(block, map)
     found = block(hidden_states=x) if by_name else block(x)
     assert found[1] == "more"
     assert torch.equal(found[0], map(x, before))
     assert f"{CHILD}.weight" in block.state_dict()
-    detach_compensation_(block, handle)
-    assert torch.equal(block(x)[0], before)
-    assert set(block.state_dict()) == {"layer.weight", "layer.bias"}
+
+
+def test_a_module_that_is_no_block_is_told():
+    block = GivesMore()
+    attach_compensation_(block, Compensation(CompensationShape("bias", 3, 3), {"bias": torch.zeros(3)}))
+    with pytest.raises(ModelError, match="for 3 features, but the block gives 4"):
+        block(torch.randn(2, 4))
+    norm = nn.Identity()
+    attach_compensation_(norm, made(shaped("full")))
+    with pytest.raises(ModelError, match="not called with hidden states"):
+        norm(input=torch.randn(2, 4))

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.hooks import RemovableHandle
 
 from bitmend.errors import ModelError
 
 CHILD = "compensation"
-HIDDEN_NAMES = ("hidden_states", "pixel_values")
+HIDDEN = "hidden_states"  # of a block's first argument, where it is given by name
 Structure = Literal["bias", "affine", "low_rank", "block_diagonal", "full"]
 STRUCTURES: tuple[Structure, ...] = ("bias", "affine", "low_rank", "block_diagonal", "full")
 BIAS_DTYPE = torch.float32
@@ -128,14 +127,18 @@ class Compensation(nn.Module):
         return torch.einsum("...gi,goi->...go", parts, blocks).flatten(-2)
 
 
-def attach_compensation_(block: nn.Module, compensation: Compensation) -> RemovableHandle:
-    """Make `compensation` a child of `block` and let it change what each call of the block gives."""
+def attach_compensation_(block: nn.Module, compensation: Compensation) -> None:
+    """Make `compensation` a child of `block` and let it change what each call of the block gives.
+
+    Raises:
+        ModelError: when the module is called, without hidden states, or gives other features than the map is for.
+    """
     block.register_module(CHILD, compensation)
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         found = module.get_submodule(CHILD)
         assert isinstance(found, Compensation)
-        hidden = args[0] if args else next((kwargs[name] for name in HIDDEN_NAMES if name in kwargs), None)
+        hidden = args[0] if args else kwargs.get(HIDDEN)
         if not isinstance(hidden, Tensor):
             raise ModelError(
                 "a map stands beside a module that is not called with hidden states; no block is this module"
@@ -145,10 +148,4 @@ def attach_compensation_(block: nn.Module, compensation: Compensation) -> Remova
         leaves[place] = found(hidden, leaves[place])
         return tree_unflatten(leaves, spec)
 
-    return block.register_forward_hook(add, with_kwargs=True)
-
-
-def detach_compensation_(block: nn.Module, handle: RemovableHandle) -> None:
-    """Take off what `attach_compensation_` has put on."""
-    handle.remove()
-    del block._modules[CHILD]
+    block.register_forward_hook(add, with_kwargs=True)

@@ -66,7 +66,8 @@ def test_three_rows_by_hand():
 
 @pytest.mark.parametrize("structure", ["bias", "affine", "low_rank", "block_diagonal", "full", "auto"])
 def test_what_is_stored_does_what_was_promised(structure):
-    found = QwT(structure=structure, rank=2, groups=2).fit(problem_of())
+    keys = {"low_rank": {"rank": 2}, "block_diagonal": {"groups": 2}}.get(structure, {})
+    found = QwT(structure=structure, **keys).fit(problem_of())
     assert found.shape is not None
     assert found.shape.shapes == {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
     error, energy = left_of(found)
@@ -76,10 +77,9 @@ def test_what_is_stored_does_what_was_promised(structure):
 
 
 def test_the_order_of_the_structures():
-    errors = {
-        name: left_of(QwT(structure=name, rank=2).fit(problem_of()))[0]
-        for name in ("bias", "affine", "low_rank", "full")
-    }
+    methods = {name: QwT(structure=name) for name in ("bias", "affine", "full")}
+    methods["low_rank"] = QwT(structure="low_rank", rank=2)
+    errors = {name: left_of(method.fit(problem_of()))[0] for name, method in methods.items()}
     assert errors["full"] < errors["affine"] < errors["bias"]
     # W has rank 2, so that nothing is lost by it.
     assert errors["low_rank"] == pytest.approx(errors["full"], rel=0.02)
@@ -135,7 +135,8 @@ def test_dead_inputs_end_the_papers_inverse_only():
     assert ours.shape is not None
     assert torch.equal(ours.tensors["weight"][:, [3, 5]], torch.zeros(D, 2, dtype=torch.bfloat16))
     papers = QwT(structure="full", solve="float32_inverse", gate="in_sample").fit(problem)
-    assert papers.shape is None or papers.diagnostics["in_sample_r2"] < ours.diagnostics["in_sample_r2"] + 1e-3
+    assert papers.shape is None  # torch finds the matrix singular
+    assert papers.diagnostics["in_sample_r2"] == 0
 
 
 def test_mix_takes_the_share_that_the_last_target_asks_for():
@@ -173,6 +174,12 @@ def test_blocks_on_the_diagonal_divide_the_width(width, asked, expected):
 def test_the_papers_inverse_has_no_other_structures():
     with pytest.raises(ValueError, match="float32_inverse"):
         QwT(solve="float32_inverse")
+
+
+@pytest.mark.parametrize(("key", "structure"), [("rank", "auto"), ("rank", "full"), ("groups", "low_rank")])
+def test_a_key_of_another_structure_is_refused(key, structure):
+    with pytest.raises(ValueError, match=f"{key} is of structure"):
+        QwT(structure=structure, **{key: 4})
 
 
 def test_numbers_beyond_float16_are_stored_in_bfloat16():

@@ -7,7 +7,7 @@ import torch
 
 from bitmend.errors import CheckpointError, RequestError
 from bitmend.formats.affine import AffineWeight
-from bitmend.formats.stored_model import _as_qtensor, entry_for, floating, open_stored
+from bitmend.formats.stored_model import _as_qtensor, entry_for, open_stored
 from bitmend.pipeline.run import quantize
 
 KEYS = {"weights.bits": 3, "weights.group_size": 8, "embedding.bits": 8}
@@ -62,8 +62,3 @@ def test_our_own_format_piece_by_piece(tiny_model, tmp_path):
 def test_an_unquantised_folder_is_refused(tiny_model):
     with pytest.raises(RequestError, match="is not quantised"):
         open_stored(tiny_model)
-
-
-def test_only_floating_numbers_change_their_type():
-    assert floating(torch.ones(2), torch.bfloat16).dtype == torch.bfloat16
-    assert floating(torch.ones(2, dtype=torch.int16), torch.bfloat16).dtype == torch.int16

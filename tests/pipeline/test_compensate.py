@@ -166,6 +166,24 @@ def test_a_folder_without_one_of_its_tensors_is_refused(run_tiny, tiny_model, ti
         compensate(tmp_path / "plain", tiny_model, [tiny_text], output=tmp_path / "out", overrides=ROWS)
 
 
+def test_neither_model_is_overwritten(run_tiny, tiny, tiny_text, tmp_path):
+    reference = tiny.save(tmp_path / "reference", tiny.build())
+    run_tiny("plain", model=reference, recipe="rtn", keys={"weights.bits": 3})
+    for folder in (reference, tmp_path / "plain"):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for output in (folder, folder / "inside"):
+            with pytest.raises(RequestError, match="must lie outside the model folder"):
+                compensate(tmp_path / "plain", reference, [tiny_text], output=output, overwrite=True, overrides=ROWS)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_output_that_exists_is_told_before_anything_is_drawn(run_tiny, tiny_model, tmp_path):
+    run_tiny("plain", recipe="rtn", keys={"weights.bits": 3})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RequestError, match="out exists"):
+        compensate(tmp_path / "plain", tiny_model, [tmp_path / "no.txt"], output=tmp_path / "out", overrides=ROWS)
+
+
 def test_requests_that_cannot_be(run_tiny, tiny_model, tiny_text, tmp_path):
     run_tiny("plain", recipe="rtn", keys={"weights.bits": 3})
 
@@ -191,7 +209,7 @@ def test_requests_that_cannot_be(run_tiny, tiny_model, tiny_text, tmp_path):
     with pytest.raises(RequestError, match="maps beside its blocks already"):
         run("done")
     run_tiny("rotated", recipe="rtn", keys={"transforms": [{"name": "quarot", "force": True}]})
-    with pytest.raises((RequestError, ModelError)):
+    with pytest.raises(ModelError, match=r"their model\.embed_tokens.* differ"):
         run("rotated")
     damaged = tmp_path / "plain" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-4] + b"abcd")

@@ -6,7 +6,7 @@ from bitmend.evaluate.results import EvaluationReport, ModelResult, TextResult
 from bitmend.formats.ledger import CATEGORIES, Ledger, LedgerRow
 from bitmend.linalg.hadamard import Rotation
 from bitmend.numerics.activations import ActivationSpec
-from bitmend.pipeline.compensating import forget_maps_
+from bitmend.pipeline.compensating import final_maps_
 from bitmend.protocols import BlockReport, Event, RunReport, SiteReport
 from bitmend.report.summary import MOST_EVENTS, evaluation_rows, ledger_rows, online_rows, run_lines, scheme_rows
 
@@ -165,6 +165,7 @@ def test_maps_beside_blocks_are_counted_and_judged():
     ]
     report.blocks[0].compensation |= {"error_without_any": 0.5}
     report.blocks[1].compensation |= {"error_without_any": 0.75}
-    forget_maps_(report)
+    report.blocks[1].compensation["model"]["kept"] = 0.0
+    assert final_maps_(report, {}) == ({}, set())
     assert [block.relative_error for block in report.blocks] == [0.5, 0.75]
     assert next(run_lines(report)) == "maps beside blocks: 0 of 2 kept, 0 MB"

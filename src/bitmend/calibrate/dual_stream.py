@@ -206,14 +206,23 @@ class DualStream:
         self.x_fp.close()
         self.x_q.close()
 
-    def relative_error(self) -> float:
-        """Return mean (x_fp - x_q)^2 / mean x_fp^2 over real tokens, of the held-out rows if there are any."""
+    @property
+    def judged(self) -> list[int]:
+        """The batches that errors are measured on: the held-out rows if there are any, else all."""
+        return [position for position, batch in enumerate(self.batches) if batch.held_out or not self.has_held_out]
+
+    def relative_error(self, others: ActivationStore | None = None) -> float:
+        """Return mean (x_fp - x_q)^2 / mean x_fp^2 over the real tokens of the batches in `judged`.
+
+        Args:
+            others: states of these batches, one tensor each, that are compared in place of x_q.
+        """
         error = energy = 0.0
-        for position, batch in enumerate(self.batches):
-            if self.has_held_out and not batch.held_out:
-                continue
-            full = real_tokens(self.x_fp[position], batch.tokens).double()
-            error += float((full - real_tokens(self.x_q[position], batch.tokens).double()).square().sum())
+        for place, position in enumerate(self.judged):
+            tokens = self.batches[position].tokens
+            full = real_tokens(self.x_fp[position], tokens).double()
+            found = self.x_q[position] if others is None else others[place]
+            error += float((full - real_tokens(found, tokens).double()).square().sum())
             energy += float(full.square().sum())
         return error / energy if energy else 0.0
 

@@ -112,6 +112,11 @@ class QwT:
             raise ValueError(
                 "solve = 'float32_inverse' is the paper's, whose maps are full or block_diagonal; set structure"
             )
+        for key, value, of in (("rank", self.rank, "low_rank"), ("groups", self.groups, "block_diagonal")):
+            if value and self.structure != of:
+                raise ValueError(
+                    f"{key} is of structure = '{of}', but structure is '{self.structure}'; leave {key} out"
+                )
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -133,8 +138,7 @@ class QwT:
         if not folds:
             raise ValueError("qwt needs rows to fit to")
         choice, crossed = self._choose(problem.shape, folds, problem.num_weights)
-        fitted = add_up(folds)
-        moments = fitted.moments()
+        moments = add_up(folds).moments()
         shape, tensors, map = self._make(choice, moments, folds)
         held_out = problem.held_out.moments() if problem.held_out is not None else None
         target = len(self.targets) - 1
@@ -261,7 +265,7 @@ class QwT:
         return max(0.0, 1 - float(variance / size)) if float(size) > 0 else 0.0
 
     def _price(self, choice: _Choice, error: float, num_weights: int) -> float:
-        """Return the logarithm of an error, raised by what the bytes would have done as wider codes."""
+        """Return what is to be smallest: an error; of `auto` its logarithm and what the bytes would do as wider codes."""
         if self.structure != "auto":
             return error
         bits = 8 * choice.shape.num_bytes(DTYPES[self.dtype].itemsize) / max(1, num_weights)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bitmend.errors import CheckpointError, RequestError
@@ -157,8 +156,3 @@ def entry_for(model: StoredModel, name: str, qtensor: QTensor, kind: str) -> Man
         return model.manifest.modules[name]
     out, columns = qtensor.codes.shape
     return ManifestEntry(qtensor.spec, (out, columns), kind)
-
-
-def floating(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in the type that a model computes in; whole numbers as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 
 from bitmend.calibrate.dual_stream import BlockRun, DualStream
-from bitmend.compensation import Compensation
+from bitmend.compensation import Compensation, CompensationShape
 from bitmend.errors import ModelError, NumericsError, RequestError
 from bitmend.formats.manifest import ManifestEntry, quantization_config
 from bitmend.formats.native import compensation_tensors, site_tensors
-from bitmend.formats.stored_model import StoredModel, entry_for, floating, open_stored
-from bitmend.formats.writer import CheckpointWriter
+from bitmend.formats.stored_model import StoredModel, entry_for, open_stored
+from bitmend.formats.writer import CheckpointWriter, check_output
 from bitmend.models.attention import attach_attention
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import resolve_model
 from bitmend.online import attach_input
 from bitmend.pipeline.calibration_rows import Rows, batches_of, draw_calibration
-from bitmend.pipeline.compensating import Compensating, forget_maps_
+from bitmend.pipeline.compensating import Compensating, final_maps_
 from bitmend.pipeline.machine import peak_memory_bytes, return_free_memory
 from bitmend.pipeline.recipe import Recipe, parse_recipe
-from bitmend.pipeline.run import all_dropped, choose_device, how_to_load, versions, write_report
+from bitmend.pipeline.run import choose_device, how_to_load, versions, write_report
 from bitmend.protocols import BlockReport, ModelAdapter, Progress, RunReport, SilentProgress
 from bitmend.sites import Block
 
@@ -90,6 +90,8 @@ def compensate(
     stored = open_stored(folder)
     adapter = find_adapter(reference, device=choose_device(device), trust_remote_code=trust_remote_code)
     target = Path(output) if output is not None else Path(f"{folder.resolve().name}-{DEFAULT}")
+    for source in (folder, adapter.folder):  # neither must be overwritten
+        check_output(source, target, overwrite)
     rows = draw_calibration(recipe, adapter, calibration, progress)
     if rows is None:
         raise RequestError("a map is fitted to calibration rows, but none came; pass --calibration FILE")
@@ -108,14 +110,12 @@ def compensate(
         report.seconds["total"] = time.perf_counter() - started
         report.peak_memory_bytes = peak_memory_bytes()
         report.status = "done"
-        dropped = run.compensations if all_dropped(report) else {}
-        if dropped:
-            forget_maps_(report)
+        maps, without = final_maps_(report, run.compensations)
         writer.finish(
-            run.config(dropped),
+            run.config(maps),
             {"recipe.toml": recipe.to_toml(), "README.md": how_to_load(adapter)},
             check=lambda made: write_report(made, report),
-            without={key for name, one in dropped.items() for key in compensation_tensors(name, one)},
+            without=without,
         )
     return report
 
@@ -157,15 +157,17 @@ class _Run:
         self._provenance = {"base": stored.format, "compensator": (recipe.compensators or [{}])[0]}
         self._known = False  # whether the states of both have been compared
         self.compensations: dict[str, Compensation] = {}
-        outside = [name for name in stored.modules if not self._block_of(name)]
-        unknown = [name for name in outside if name not in dict(adapter.model.named_modules())]
+        # Which block each module belongs to that something is done to; "" where it is none.
+        described = (*stored.modules, *stored.manifest.inputs, *stored.manifest.attentions)
+        self._block_of = {name: _outer(name, adapter.block_names) for name in described}
+        modules = dict(adapter.model.named_modules())
+        unknown = [name for name in self._modules_of("") if name not in modules]
         if unknown:
             raise _mismatch(f"the quantised model has {unknown[0]}, which the reference lacks")
 
-    def _block_of(self, name: str) -> str | None:
-        return next(
-            (block for block in self._adapter.block_names if name == block or name.startswith(f"{block}.")), None
-        )
+    def _modules_of(self, block: str) -> list[str]:
+        """Return the quantised modules of a block; of "" those around the blocks."""
+        return [name for name in self._stored.modules if self._block_of[name] == block]
 
     # ------------------------------------------------------------------------------------------ blocks
     def blocks_(self, batches: Sequence[Any], progress: Progress) -> None:
@@ -224,7 +226,7 @@ class _Run:
         found: dict[str, Tensor] = {}
         state = block.module.state_dict()
         missing = {f"{block.name}.{name}" for name in state}
-        for name in (name for name in stored.modules if self._block_of(name) == block.name):
+        for name in self._modules_of(block.name):
             if name not in sites:
                 raise _mismatch(f"the quantised model has {name}, which is no layer of the reference")
             qtensor = stored.qtensor(name)
@@ -253,11 +255,11 @@ class _Run:
         manifest = self._stored.manifest
         with ExitStack() as attached:
             for name, scheme in manifest.inputs.items():
-                if self._block_of(name) == block.name:
+                if self._block_of[name] == block.name:
                     module = block.module.get_submodule(name.removeprefix(block.name).lstrip("."))
                     attached.callback(attach_input(module, scheme).remove)
             for name, attention in manifest.attentions.items():
-                if self._block_of(name) == block.name:
+                if self._block_of[name] == block.name:
                     module = block.module.get_submodule(name.removeprefix(block.name).lstrip("."))
                     attached.callback(attach_attention(module, attention))
             yield
@@ -269,16 +271,15 @@ class _Run:
         stored, adapter = self._stored, self._adapter
         state = adapter.model.state_dict()
         missing = {name for name, _ in adapter.outside_tensors()}
-        for name in stored.modules:
-            if self._block_of(name) is None:
-                missing.discard(f"{name}.weight")
-                table = adapter.model.get_submodule(name).get_parameter("weight")
-                weight = stored.qtensor(name).dequantize(adapter.dtype)
-                if table.shape != weight.shape:
-                    raise _mismatch(f"{name} has the shape {tuple(weight.shape)}, there {tuple(table.shape)}")
-                if name == adapter.embedding_name and _differ(table, weight, EIGHT_BITS):
-                    raise _mismatch(f"their {name} differ")
-                table.copy_(weight)
+        for name in self._modules_of(""):
+            missing.discard(f"{name}.weight")
+            table = adapter.model.get_submodule(name).get_parameter("weight")
+            weight = stored.qtensor(name).dequantize(adapter.dtype)
+            if table.shape != weight.shape:
+                raise _mismatch(f"{name} has the shape {tuple(weight.shape)}, there {tuple(table.shape)}")
+            if name == adapter.embedding_name and _differ(table, weight, EIGHT_BITS):
+                raise _mismatch(f"their {name} differ")
+            table.copy_(weight)
         for name, tensor in stored.others(stored.names_outside(adapter.block_names)):
             place = state.get(name)
             if place is None or place.shape != tensor.shape:
@@ -287,7 +288,7 @@ class _Run:
                 )
             if name == f"{adapter.embedding_name}.weight" and _differ(place, tensor, ROUNDED):
                 raise _mismatch(f"their {name} differ")
-            place.copy_(floating(tensor, place.dtype))
+            place.copy_(tensor)
             missing.discard(name)
         if missing:
             raise _mismatch(f"the reference has {min(missing)}, which the quantised model lacks")
@@ -296,15 +297,14 @@ class _Run:
         """Write what lies around the blocks, as it is."""
         stored = self._stored
         tensors = dict(stored.others(stored.names_outside(self._adapter.block_names)))
-        for name in stored.modules:
-            if self._block_of(name) is None:
-                qtensor = stored.qtensor(name)
-                self._entries[name] = entry_for(stored, name, qtensor, stored.kind(name))
-                tensors |= site_tensors(name, qtensor)
+        for name in self._modules_of(""):
+            qtensor = stored.qtensor(name)
+            self._entries[name] = entry_for(stored, name, qtensor, stored.kind(name))
+            tensors |= site_tensors(name, qtensor)
         self._writer.add("outside", tensors)
 
-    def config(self, dropped: Mapping[str, Compensation]) -> dict[str, Any]:
-        """Return the `quantization_config` of the result."""
+    def config(self, maps: Mapping[str, CompensationShape]) -> dict[str, Any]:
+        """Return the `quantization_config` of the result, with these maps beside its blocks."""
         manifest = self._stored.manifest
         order = {name: place for place, name in enumerate(self._stored.modules)}
         entries = dict(sorted(self._entries.items(), key=lambda item: order[item[0]]))
@@ -315,8 +315,13 @@ class _Run:
             inputs=manifest.inputs,
             outputs=manifest.outputs,
             attentions=manifest.attentions,
-            compensations={n: one.shape for n, one in self.compensations.items() if n not in dropped},
+            compensations=maps,
         )
+
+
+def _outer(name: str, blocks: Sequence[str]) -> str:
+    """Return the block that a module is or lies in, or nothing."""
+    return next((block for block in blocks if name == block or name.startswith(f"{block}.")), "")
 
 
 def _differ(one: Tensor, other: Tensor, allowed: float) -> bool:

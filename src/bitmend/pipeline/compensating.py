@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from bitmend.calibrate.activation_store import ActivationStore
-from bitmend.calibrate.dual_stream import BlockRun, DualStream, real_tokens
+from bitmend.calibrate.dual_stream import BlockRun, DualStream
 from bitmend.compensation import Compensation, CompensationShape
 from bitmend.errors import NumericsError
+from bitmend.formats.native import compensation_tensors
 from bitmend.linalg.least_squares import RegressionSums
 from bitmend.models.loading import CAUSAL_LM, IMAGE_CLASSIFIER
 from bitmend.numerics.products import FastLinear
@@ -31,17 +32,12 @@ LOCAL = "local"
 
 
 class Compensating:
-    """The compensator of one run, block by block.
-
-    Attributes:
-        needs_local: what full-precision blocks give on the quantised network's states is to be kept.
-    """
+    """The compensator of one run, block by block."""
 
     def __init__(self, adapter: ModelAdapter, compensator: Compensator) -> None:
         self._adapter, self._compensator = adapter, compensator
         self._base: ActivationStore | None = None  # held-out rows without any map; None while there is none
         self._local: ActivationStore | None = None
-        self.needs_local = LOCAL in compensator.targets
 
     # ------------------------------------------------------------------------------------------ one block
     def before_(self, block: Block, streams: DualStream, unrounded: AbstractContextManager[None]) -> None:
@@ -49,7 +45,7 @@ class Compensating:
 
         Cost: one pass of all rows through the block.
         """
-        if not self.needs_local or self._place(block, streams) is None:
+        if LOCAL not in self._compensator.targets or self._place(block, streams) is None:
             return
         self._local = streams.new_store()
         with unrounded:
@@ -78,7 +74,9 @@ class Compensating:
             found = self._compensator.fit(problem.problem())
             events = list(found.events)
             report.compensation = {**found.diagnostics, "kept": found.shape is not None, "error_without": error}
-            report.compensation["error_without_any"] = error if self._base is None else self._base_error(streams)
+            if self._judges(streams):
+                without = error if self._base is None else streams.relative_error(self._base)
+                report.compensation["error_without_any"] = without
             if found.shape is not None:
                 compensation = Compensation(found.shape, found.tensors).to(streams.device)
                 self._carry_on_(compensation, streams, read)
@@ -106,21 +104,14 @@ class Compensating:
         """Take the held-out rows without maps through the rounded block."""
         if self._base is None:
             return
-        for place, position in enumerate(_held_out(streams)):
+        for place, position in enumerate(streams.judged):
             hidden = self._base[place].to(streams.device)
             inputs = streams.batches[position].inputs
             self._base.replace_(place, self._adapter.run_block(block.index, hidden, inputs))
 
-    def _base_error(self, streams: DualStream) -> float:
-        """Return the relative error of the held-out rows that travel without any map, as `DualStream.relative_error`."""
-        assert self._base is not None
-        error = energy = 0.0
-        for place, position in enumerate(_held_out(streams)):
-            tokens = streams.batches[position].tokens
-            full = real_tokens(streams.x_fp[position], tokens).double()
-            error += float((full - real_tokens(self._base[place], tokens).double()).square().sum())
-            energy += float(full.square().sum())
-        return error / energy if energy else 0.0
+    def _judges(self, streams: DualStream) -> bool:
+        """Whether the whole model is judged in the end, for which some rows travel without any map."""
+        return self._compensator.judges_model and streams.has_held_out
 
     def close(self) -> None:
         """Free what is left of the streams."""
@@ -130,9 +121,9 @@ class Compensating:
 
     def _carry_on_(self, compensation: Compensation, streams: DualStream, read: ActivationStore) -> None:
         """Change what the block has given; from the first map on the held-out rows also travel without any."""
-        if self._base is None and self._compensator.judges_model:
+        if self._base is None and self._judges(streams):
             self._base = streams.new_store()
-            for position in _held_out(streams):
+            for position in streams.judged:
                 self._base.append(streams.x_q[position])
         for position in range(len(streams.batches)):
             hidden, given = read[position].to(streams.device), streams.x_q[position].to(streams.device)
@@ -156,10 +147,10 @@ class Compensating:
 
         Cost: what lies behind the last block, three times for each held-out row.
         """
-        if self._base is None or not streams.has_held_out or not self._compensator.judges_model:
+        if self._base is None:
             return {}, []
         rows: dict[str, list[Tensor]] = {"without": [], "with": [], "weight": []}
-        for place, position in enumerate(_held_out(streams)):
+        for place, position in enumerate(streams.judged):
             batch = streams.batches[position].tokens
             states = (streams.x_fp[position], self._base[place], streams.x_q[position])
             with FastLinear():  # what lies behind the blocks may be as much work as all of them
@@ -216,12 +207,23 @@ def _by_row(each: Tensor, mask: Tensor | None) -> Tensor:
     return each.reshape(len(each), -1).sum(1)
 
 
-def forget_maps_(report: RunReport) -> None:
-    """Make the report of a run whose maps were all dropped in the end say so at each block."""
+def final_maps_(report: RunReport, fitted: Mapping[str, Compensation]) -> tuple[dict[str, CompensationShape], set[str]]:
+    """Return the maps that stay, and the names of tensors that go after all, by the verdict over the whole model.
+
+    Where it dropped all maps, the report says so at each block from here on.
+
+    Args:
+        report: of a run that is through all blocks.
+        fitted: the map beside each block that has one.
+    """
+    judged = report.blocks[-1].compensation.get("model", {}) if report.blocks else {}
+    if judged.get("kept", 1.0) == 1:
+        return {name: one.shape for name, one in fitted.items()}, set()
     for block in report.blocks:
         if "structure" in block.compensation:
             block.relative_error = block.compensation["error_without_any"]
             block.compensation |= {"kept": False, "bytes": 0}
+    return {}, {key for name, one in fitted.items() for key in compensation_tensors(name, one)}
 
 
 def _why_dropped(found: Mapping[str, float]) -> str:
@@ -230,10 +232,6 @@ def _why_dropped(found: Mapping[str, float]) -> str:
         f"{found['without']:.3g} without them, with a standard error of {found['standard_error']:.2g}; all are left out "
         "(what was rounded behind them was fitted to their outputs: a run without the compensator is cleaner)"
     )
-
-
-def _held_out(streams: DualStream) -> list[int]:
-    return [position for position, batch in enumerate(streams.batches) if batch.held_out]
 
 
 def _copy_of(streams: DualStream) -> ActivationStore:

@@ -24,13 +24,12 @@ from bitmend.errors import (
 )
 from bitmend.formats.ledger import ledger
 from bitmend.formats.manifest import ManifestEntry, quantization_config
-from bitmend.formats.native import compensation_tensors
 from bitmend.formats.writer import PARTS, CheckpointWriter, check_output, partial_folder
 from bitmend.models.find import find_adapter
 from bitmend.models.loading import CAUSAL_LM, resolve_model
 from bitmend.online import AttentionScheme, InputScheme
 from bitmend.pipeline.calibration_rows import Rows, batches_of, draw_calibration, expected_batches
-from bitmend.pipeline.compensating import forget_maps_
+from bitmend.pipeline.compensating import final_maps_
 from bitmend.pipeline.ends import check_ends, quantise_ends
 from bitmend.pipeline.fingerprint import fingerprint_of
 from bitmend.pipeline.forecast import BatchShape
@@ -165,6 +164,7 @@ def quantize(
             report.peak_memory_bytes = peak_memory_bytes()
             report.status = "done"
             inputs |= {name: InputScheme(rotation) for name, rotation in transforms.inputs.items()}
+            maps, without = final_maps_(report, compensations)
             config = quantization_config(
                 entries,
                 tied=ends.tied,
@@ -172,12 +172,8 @@ def quantize(
                 inputs=inputs,
                 outputs=transforms.outputs,
                 attentions=attentions,
-                compensations={} if all_dropped(report) else {name: one.shape for name, one in compensations.items()},
+                compensations=maps,
             )
-            dropped = compensations if all_dropped(report) else {}
-            if dropped:
-                forget_maps_(report)
-            without = {key for name, one in dropped.items() for key in compensation_tensors(name, one)}
             documents = {"recipe.toml": plan.to_toml(), "README.md": how_to_load(adapter)}
             base = None if tower is None else adapter.config.to_dict()
             writer.finish(
@@ -288,12 +284,6 @@ def _write_blocks(
             attentions |= block.attentions
             compensations |= block.beside()
     return entries, inputs, attentions, compensations
-
-
-def all_dropped(report: RunReport) -> bool:
-    """Return whether the model as a whole is no better for the maps beside its blocks."""
-    judged = report.blocks[-1].compensation.get("model", {}) if report.blocks else {}
-    return judged.get("kept", 1.0) == 0
 
 
 def _open_journal(

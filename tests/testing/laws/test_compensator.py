@@ -13,7 +13,10 @@ from bitmend.testing.laws import compensator as laws
 
 WIDTH = 12
 METHODS = [
-    pytest.param(QwT(structure=structure, target=target, groups=3), id=f"qwt-{structure}-{target}")
+    pytest.param(
+        QwT(structure=structure, target=target, groups=3 if structure == "block_diagonal" else 0),
+        id=f"qwt-{structure}-{target}",
+    )
     for structure in ("bias", "affine", "low_rank", "block_diagonal", "full", "auto")
     for target in ("local", "mix")
 ] + [pytest.param(QwT(structure="full", solve="float32_inverse"), id="qwt-papers-inverse")]
